@@ -1,0 +1,123 @@
+"""Bounded memory of every figure: all that rules may look at."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ddp_streammon import keys
+
+
+class Entry(NamedTuple):
+    """One value and when it was true."""
+
+    step: int
+    epoch: float | None
+    value: float
+
+
+class _Series:
+    """Steps, epochs and values of one key: 24 bytes an entry, trimmed from the front."""
+
+    __slots__ = ("epochs", "steps", "values")
+
+    def __init__(self) -> None:
+        self.steps = array("q")
+        self.epochs = array("d")
+        self.values = array("d")
+
+    def append(self, step: int, epoch: float | None, value: float, limit: int) -> None:
+        new = array("q", [step]), array("d", [math.nan if epoch is None else epoch]), array("d", [value])
+        self.steps.extend(new[0])  # only now: what is no number has raised, and the columns stay equally long
+        self.epochs.extend(new[1])
+        self.values.extend(new[2])
+        if len(self.values) > limit + limit // 8:  # trimmed in blocks: one move for many appends
+            for column in (self.steps, self.epochs, self.values):
+                del column[:-limit]
+
+    def tail(self, count: int) -> list[Entry]:
+        start = max(len(self.values) - count, 0)
+        rows = zip(self.steps[start:], self.epochs[start:], self.values[start:], strict=True)
+        return [Entry(step, None if math.isnan(epoch) else epoch, value) for step, epoch, value in rows]
+
+
+class History:
+    """Every value with its step and epoch, at most `limit` for each key.
+
+    `history[key]` is the list of values (empty where nothing was logged, as the guide's plotting code expects);
+    `history.series(key)` has steps and epochs too. Equal on every rank, since figures arrive at fixed steps.
+    """
+
+    def __init__(self, limit: int = 10_000) -> None:
+        if limit < 1:
+            raise ValueError(f"history limit must be at least 1, got {limit}")
+        self.limit = limit
+        self._series: dict[str, _Series] = {}
+
+    def append(self, step: int, epoch: float | None, values: Mapping[str, float]) -> None:
+        """Remember `values` as true at `step`."""
+        for key, value in values.items():
+            series = self._series.get(key)
+            if series is None:
+                series = self._series[key] = _Series()
+            series.append(step, epoch, value, self.limit)
+
+    def __getitem__(self, key: str) -> list[float]:
+        series = self._series.get(key)
+        return [] if series is None else series.values[-self.limit :].tolist()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._series
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._series)
+
+    def __len__(self) -> int:
+        return len(self._series)
+
+    def keys(self) -> list[str]:
+        """Every key that has a value."""
+        return list(self._series)
+
+    def series(self, key: str) -> list[Entry]:
+        """The entries of `key`, oldest first. KeyError with the nearest keys where there is none."""
+        series = self._series.get(key)
+        if series is None:
+            near = ", ".join(keys.nearest(key, self._series)) or "none: nothing was logged yet"
+            raise KeyError(f"no value was logged under {key!r}; nearest keys: {near}")
+        return series.tail(self.limit)
+
+    def tail(self, key: str, count: int) -> list[Entry]:
+        """The last `count` entries of `key`, oldest first; empty where there is none. Copies only these."""
+        series = self._series.get(key)
+        return [] if series is None else series.tail(min(count, self.limit))
+
+    def latest(self, key: str) -> float:
+        """The last value of `key`; nan where there is none."""
+        series = self._series.get(key)
+        return math.nan if series is None else series.values[-1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain lists, equal on every rank."""
+        return {
+            "limit": self.limit,
+            "series": {
+                key: {
+                    "steps": series.steps[-self.limit :].tolist(),
+                    "epochs": series.epochs[-self.limit :].tolist(),
+                    "values": series.values[-self.limit :].tolist(),
+                }
+                for key, series in self._series.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace everything by `state`; keeps this History's own limit."""
+        self._series = {}
+        for key, columns in state["series"].items():
+            series = self._series[key] = _Series()
+            series.steps.extend(columns["steps"][-self.limit :])
+            series.epochs.extend(columns["epochs"][-self.limit :])
+            series.values.extend(columns["values"][-self.limit :])

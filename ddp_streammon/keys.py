@@ -1,0 +1,120 @@
+"""Every metric key of the project, and nothing else.
+
+A figure of one stream is `<stream>_<figure>` (the seed interface's form, `stream1_grad_norm`), a figure of two
+streams is `<a>_to_<b>_ratio` and its like. Sinks that group show the same value under `<figure>/<stream>`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+SHARED = "shared"
+"""The implicit stream of every trainable parameter that no stream claims."""
+FULL = "full"
+"""The whole model, where a figure is also taken for each stream."""
+RESERVED = frozenset({SHARED, FULL, "full_model", "epoch", "step"})
+"""Names that a stream cannot have, since keys would become ambiguous."""
+
+GRAD_NORM = "grad_norm"
+GRAD_MEAN = "grad_mean"
+GRAD_MAX = "grad_max"
+GRAD_SHARE = "grad_share"
+GRAD_NONFINITE = "grad_nonfinite"
+GRAD_ELEMENTS = "grad_elements"
+GRAD_TENSORS = "params"
+GRAD_FIGURES = (GRAD_NORM, GRAD_MEAN, GRAD_MAX, GRAD_SHARE, GRAD_NONFINITE, GRAD_ELEMENTS, GRAD_TENSORS)
+
+WEIGHT_NORM = "weight_norm"
+WEIGHT_MEAN = "weight_mean"
+WEIGHT_ELEMENT_MEAN = "weight_element_mean"
+WEIGHT_FIGURES = (WEIGHT_NORM, WEIGHT_MEAN, WEIGHT_ELEMENT_MEAN)
+WEIGHT_NORM_RATIO = "weight_norm_ratio"
+
+TRAIN_ACC, VAL_ACC, TRAIN_LOSS, VAL_LOSS = "train_acc", "val_acc", "train_loss", "val_loss"
+ACC_GAP, LOSS_GAP, OVERFITTING_SCORE = "acc_gap", "loss_gap", "overfitting_score"
+WITHOUT = "without_"
+"""Prefix of a figure taken with the stream's features replaced and all others kept."""
+SPLIT_FIGURES = (TRAIN_ACC, VAL_ACC, TRAIN_LOSS, VAL_LOSS)
+OVERFIT_FIGURES = (*SPLIT_FIGURES, ACC_GAP, LOSS_GAP, OVERFITTING_SCORE)
+FULL_MODEL_LOSS_GAP, FULL_MODEL_ACC_GAP = "full_model_loss_gap", "full_model_acc_gap"
+
+FULL_MODEL, ONLY, FEATURE_NORM = "full_model", "only", "feature_norm"
+
+LEARNING_RATE, WEIGHT_DECAY = "lr", "weight_decay"
+CONTRIBUTION = "contribution"
+PRESENT = "present"
+EPOCH = "epoch"
+
+
+def of_stream(stream: str, figure: str) -> str:
+    """`of_stream("rgb", GRAD_NORM)` is `rgb_grad_norm`."""
+    return f"{stream}_{figure}"
+
+
+def pairs(streams: Iterable[str]) -> list[tuple[str, str]]:
+    """Every two streams once, in their order; `shared` is nobody's partner."""
+    return list(combinations([name for name in streams if name != SHARED], 2))
+
+
+def grad_ratio(a: str, b: str) -> str:
+    """Norm of a's gradient over b's."""
+    return f"{a}_to_{b}_ratio"
+
+
+def feature_ratio(a: str, b: str) -> str:
+    """Mean norm of a's features over b's, in `analyze_pathways`."""
+    return f"{a}_to_{b}_ratio"
+
+
+def weight_ratio(a: str, b: str, streams: Sequence[str]) -> str:
+    """Norm of a's weights over b's; the guide's `weight_norm_ratio` where there are two streams."""
+    return WEIGHT_NORM_RATIO if len(streams) == 2 else f"{a}_to_{b}_{WEIGHT_NORM_RATIO}"
+
+
+def overfit_ratio(a: str, b: str) -> str:
+    """Overfitting score of a over b's."""
+    return f"{a}_vs_{b}_overfit_ratio"
+
+
+def activation(stage: str, stream: str | None, moment: str) -> str:
+    """`layer1_stream1_mean`, or `layer1_mean` where an output belongs to no stream."""
+    return "_".join(part for part in (stage, stream, moment) if part is not None)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A key taken apart: what is measured, and of which stream (None: of no single stream)."""
+
+    figure: str
+    stream: str | None
+
+
+def parse(key: str, streams: Iterable[str]) -> Parts:
+    """The figure and the stream of a key; the longest stream name that fits wins (`stream10` over `stream1`)."""
+    names = sorted({*streams, SHARED, FULL}, key=len, reverse=True)
+    name = next((name for name in names if key.startswith(f"{name}_")), None)
+    if name is None or key.startswith((f"{name}_to_", f"{name}_vs_", "full_model_")):
+        return Parts(figure=key, stream=None)
+    return Parts(figure=key[len(name) + 1 :], stream=name)
+
+
+def grouped(key: str, streams: Iterable[str]) -> str:
+    """The key under which a grouping sink shows the value: streams of one figure side by side.
+
+    `rgb_grad_norm` -> `grad_norm/rgb`, `rgb_to_depth_ratio` -> `ratio/rgb_to_depth_ratio`, `loss` -> `train/loss`.
+    """
+    parts = parse(key, streams)
+    if parts.stream is not None:
+        return f"{parts.figure}/{parts.stream}"
+    if key.endswith("_ratio"):
+        return f"ratio/{key}"
+    return key if "/" in key else f"train/{key}"
+
+
+def nearest(name: str, valid: Iterable[str], count: int = 3) -> list[str]:
+    """The valid names that look most like `name`, for error messages; never empty unless `valid` is."""
+    choices = list(dict.fromkeys(valid))
+    return difflib.get_close_matches(name, choices, n=count, cutoff=0.3) or choices[:count]

@@ -1,0 +1,74 @@
+"""Rules without a threshold: what they say is so, or it is not."""
+
+from __future__ import annotations
+
+from ddp_streammon.config import Severity
+from ddp_streammon.rules.finding import Finding
+from ddp_streammon.stats import StepStats
+
+NONFINITE, NO_GRADIENT, ZERO_GRADIENT = "NF", "DET", "DEAD"
+
+
+def check(stats: StepStats, frozen: frozenset[str] = frozenset()) -> list[Finding]:
+    """What is wrong with one monitored step, by stream.
+
+    NF (error): a gradient, or a number that a rank sent, is not finite; under a GradScaler that step is skipped,
+    which is its business. DET (warning): no parameter of a stream has a gradient. DEAD (warning): all of its
+    gradients are exactly zero. Streams in `frozen` have no trainable parameter and are left out.
+    """
+    findings = []
+    for name, stream in stats.streams.items():
+        if name in frozen:
+            continue
+        evidence = {"elements": float(stream.elements), "nonfinite": float(stream.nonfinite)}
+        common = {"stream": name, "step": stats.step, "evidence": evidence}
+        if stream.nonfinite and not stats.scaled:
+            findings.append(
+                Finding(
+                    f"⚠️  {name}: {stream.nonfinite:,} of {stream.elements:,} gradient elements are not finite "
+                    f"at step {stats.step}{_culprits(stats)}",
+                    rule=NONFINITE,
+                    severity=Severity.error,
+                    rank=stats.nonfinite_ranks[0] if len(stats.nonfinite_ranks) == 1 else None,
+                    **common,
+                )
+            )
+        elif not stream.elements:
+            findings.append(
+                Finding(
+                    f"⚠️  {name}: no gradients at step {stats.step}: its parameters are detached from the loss, "
+                    "or the gradients were cleared before they were measured",
+                    rule=NO_GRADIENT,
+                    severity=Severity.warning,
+                    **common,
+                )
+            )
+        elif stream.grad_max == 0 and not stream.nonfinite:
+            findings.append(
+                Finding(
+                    f"⚠️  {name}: every gradient is exactly zero at step {stats.step}: dead activations, "
+                    "a fusion weight of zero, or an empty input",
+                    rule=ZERO_GRADIENT,
+                    severity=Severity.warning,
+                    **common,
+                )
+            )
+    if stats.nonfinite_ranks and not any(finding.rule == NONFINITE for finding in findings):
+        findings.append(
+            Finding(
+                f"⚠️  a number sent at step {stats.step} is not finite{_culprits(stats)}",
+                rule=NONFINITE,
+                severity=Severity.error,
+                rank=stats.nonfinite_ranks[0] if len(stats.nonfinite_ranks) == 1 else None,
+                step=stats.step,
+            )
+        )
+    return findings
+
+
+def _culprits(stats: StepStats) -> str:
+    """Which ranks sent a non-finite loss: the place to look, since averaging spreads a gradient to all ranks."""
+    if not stats.nonfinite_ranks:
+        return ""
+    ranks = ", ".join(str(rank) for rank in stats.nonfinite_ranks)
+    return f" (the loss or another number is not finite on rank {ranks})"
