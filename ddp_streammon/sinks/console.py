@@ -1,0 +1,103 @@
+"""The run in a terminal: one table an epoch, and alarms when they are raised."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TextIO, get_args
+
+from ddp_streammon import keys
+from ddp_streammon.config import Severity
+from ddp_streammon.report import ActionStyle, Outcome, Report, RunInfo, Told, describe_action
+from ddp_streammon.rules.finding import Finding
+
+_COLUMNS = (
+    keys.GRAD_NORM,
+    keys.WEIGHT_NORM,
+    keys.TRAIN_ACC,
+    keys.VAL_ACC,
+    keys.OVERFITTING_SCORE,
+    keys.LEARNING_RATE,
+)
+_WHOLE_MODEL = (keys.TRAIN_LOSS, keys.VAL_LOSS, keys.TRAIN_ACC, keys.VAL_ACC)
+
+
+class ConsoleSink:
+    """Plain lines (no cursor movement, so that `torchrun --tee` and log files stay readable).
+
+    Step reports print nothing, except a finding of severity `warning` or `error`, once, when it is raised.
+    Epoch reports print the table and the findings; those that stand since before are counted, not repeated.
+    """
+
+    def __init__(self, stream: TextIO | None = None, action_style: ActionStyle = "words") -> None:
+        """`stream`: standard output unless given. Raises ValueError for an unknown `action_style`."""
+        if action_style not in get_args(ActionStyle):
+            valid = ", ".join(get_args(ActionStyle))
+            raise ValueError(f"console action_style must be one of {valid}, got {action_style!r}")
+        self._stream = stream
+        self._style: ActionStyle = action_style
+        self._streams: tuple[str, ...] = ()
+        self._told = Told()
+
+    def open(self, run: RunInfo) -> None:
+        """Print the inventory."""
+        self._streams = run.streams
+        if run.inventory:
+            self._print(run.inventory)
+
+    def write(self, report: Report) -> None:
+        """Print an epoch's table and findings, or a step's alarms."""
+        if report.kind == "step":
+            alarms = [f for f in report.findings if f.severity.level >= Severity.warning.level]
+            news = self._told.news("step", alarms)
+            self._print(*(f"step {report.step}: {self._sentence(finding)}" for finding in news))
+            return
+        news = self._told.news("epoch", report.findings)
+        standing = len(report.findings) - len(news)
+        when = f"step {report.step}"
+        self._print(
+            when if report.epoch is None else f"epoch {report.epoch:g} ({when})",
+            *figure_table(report.values, self._streams),
+            *(f"  {self._sentence(finding)}" for finding in news),
+            *([f"  ({standing} unchanged)"] if standing else []),
+        )
+
+    def close(self, outcome: Outcome) -> None:
+        """Print the summary."""
+        if outcome.text:
+            self._print(outcome.text)
+
+    def _sentence(self, finding: Finding) -> str:
+        if finding.action is None:
+            return str(finding)
+        return f"{finding} [{describe_action(finding.action, self._style)}]"
+
+    def _print(self, *lines: str) -> None:
+        if lines:
+            print("\n".join(lines), file=self._stream or sys.stdout, flush=True)
+
+
+def figure_table(values: Mapping[str, float], streams: Sequence[str]) -> list[str]:
+    """The lines of one epoch's table: streams down, their figures across, the whole model below."""
+    names = [*streams, keys.SHARED]
+    columns = [figure for figure in _COLUMNS if any(keys.of_stream(name, figure) in values for name in names)]
+    rows = [
+        [name, *(_cell(values.get(keys.of_stream(name, figure))) for figure in columns)]
+        for name in names
+        if any(keys.of_stream(name, figure) in values for figure in columns)
+    ]
+    lines = _aligned([["stream", *columns], *rows]) if rows else []
+    of_model = {figure: values.get(keys.of_stream(keys.FULL, figure), values.get(figure)) for figure in _WHOLE_MODEL}
+    whole = [f"{figure} {_cell(value)}" for figure, value in of_model.items() if value is not None]
+    return [*lines, *([f"  whole model: {', '.join(whole)}"] if whole else [])]
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return [("  " + "  ".join(row)).rstrip() for row in cells]

@@ -1,0 +1,170 @@
+"""Every value of a run in a text file: one strict JSON object a line, on disk as soon as it is known."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, TextIO
+
+from ddp_streammon.report import Outcome, Report, RunInfo
+from ddp_streammon.rules.finding import Finding
+
+_NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class JsonlSink:
+    """Appends to a file, flushed after each record, so that a killed job loses at most the line in work.
+
+    A record is `{"type": "run" | "step" | "epoch" | "outcome", "step", "epoch", "time" (unix seconds),
+    "values", "findings"}`; `run` also has `name`, `run_dir`, `streams`, `config` and `inventory`, `outcome`
+    also has `text` and `exit_code`. A resumed run appends a `run` record of its own. nan and infinities are
+    the strings "NaN", "Infinity" and "-Infinity", which `read_jsonl` turns back.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises OSError with the path where it cannot be written; creates missing folders."""
+        self.path = Path(path)
+        self._file: TextIO | None = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.open("a", encoding="utf-8").close()
+        except OSError as error:
+            raise OSError(
+                f"cannot write the JSONL file {str(self.path)!r} ({error.strerror or error}): "
+                "give a path to a file in a folder that you may write to"
+            ) from error
+
+    @property
+    def location(self) -> str:
+        """The file."""
+        return str(self.path)
+
+    def open(self, run: RunInfo) -> None:
+        """Append the run's description."""
+        torn = _ends_inside_a_line(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")
+        self._append(
+            _record("run", None, None, {}, ())
+            | {
+                "name": run.name,
+                "run_dir": None if run.run_dir is None else str(run.run_dir),
+                "streams": list(run.streams),
+                "config": run.config,
+                "inventory": run.inventory,
+            }
+        )
+
+    def write(self, report: Report) -> None:
+        """Append the report."""
+        self._append(_record(report.kind, report.step, report.epoch, report.values, report.findings))
+
+    def close(self, outcome: Outcome) -> None:
+        """Append the outcome and close the file."""
+        if self._file is None:
+            return
+        try:
+            self._append(
+                _record("outcome", None, None, outcome.summary, outcome.findings)
+                | {"text": outcome.text, "exit_code": outcome.exit_code}
+            )
+        finally:
+            self._file.close()
+            self._file = None
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        if self._file is None:
+            raise RuntimeError(f"the JSONL file {str(self.path)!r} is not open: call open() before write()")
+        self._file.write(json.dumps(_strict(record), allow_nan=False, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a file, with nan and infinities as floats again.
+
+    A line that a killed job left torn (the last one, or the one before a `run` record) is left out. Any other
+    line that is no JSON raises ValueError with its number.
+    """
+    records: list[dict[str, Any]] = []
+    broken: int | None = None
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if broken is not None and (record is None or record["type"] != "run"):
+            raise ValueError(
+                f"line {broken} of {str(path)!r} is not JSON although the run went on after it: "
+                "the file was changed by something else; remove that line to read the rest"
+            )
+        broken = number if record is None else None
+        if record is not None:
+            records.append(_restored(record))
+    return records
+
+
+def _ends_inside_a_line(path: Path) -> bool:
+    """Whether the last byte of the file is something other than a line end."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        if size == 0:
+            return False
+        file.seek(size - 1)
+        return file.read(1) != b"\n"
+
+
+def _record(
+    kind: str, step: int | None, epoch: float | None, values: Mapping[str, float], findings: Iterable[Finding]
+) -> dict[str, Any]:
+    return {
+        "type": kind,
+        "step": step,
+        "epoch": epoch,
+        "time": time.time(),
+        "values": values,
+        "findings": [finding.to_dict() for finding in findings],
+    }
+
+
+def _strict(value: Any) -> Any:
+    """`value` of types that strict JSON has; what it has no type for (a path, a class) becomes its text."""
+    if isinstance(value, Enum):
+        return _strict(value.value)
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_strict(item) for item in value]
+    return str(value)
+
+
+def _restored(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with floats where numbers belong; text elsewhere is left as it is, whatever it says."""
+    findings = [
+        finding
+        | {"evidence": _floats(finding["evidence"])}
+        | ({"action": _floats(finding["action"], only=("value", "old"))} if finding["action"] else {})
+        for finding in record["findings"]
+    ]
+    return record | {"values": _floats(record["values"]), "findings": findings}
+
+
+def _floats(mapping: Mapping[str, Any], only: Iterable[str] | None = None) -> dict[str, Any]:
+    wanted = set(mapping if only is None else only)
+    return {
+        key: _NONFINITE.get(item, item) if key in wanted and isinstance(item, str) else item
+        for key, item in mapping.items()
+    }

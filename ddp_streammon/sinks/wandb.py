@@ -1,0 +1,295 @@
+"""The run in Weights & Biases: one run for the job, kept on disk first, and never in training's way."""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+import secrets
+import signal
+import sys
+import textwrap
+import threading
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ddp_streammon import keys
+from ddp_streammon.config import Severity
+from ddp_streammon.report import Outcome, Report, RunInfo, Told, describe_action, gist
+from ddp_streammon.rules.finding import Finding
+
+MODES = ("auto", "disabled", "offline", "online")
+STEP_AXIS = "trainer/step"
+"""Our own x axis. W&B's `_step` counts log calls and ignores rows that go back: `step=` is never passed."""
+FINDING_COLUMNS = ("step", "epoch", "rule", "severity", "stream", "rank", "finding", "override")
+
+_STEP_FIGURES = (
+    *keys.GRAD_FIGURES,
+    *keys.WEIGHT_FIGURES,
+    keys.LEARNING_RATE,
+    keys.WEIGHT_DECAY,
+    keys.PRESENT,
+)
+_EPOCH_FIGURES = (*keys.OVERFIT_FIGURES, keys.CONTRIBUTION)
+_AXIS_NAMES = frozenset({keys.EPOCH, "step"})
+_ALERT_LEVELS = {Severity.warning: "WARN", Severity.error: "ERROR"}
+_TITLE_LENGTH = 60
+"""W&B wants less than 64 characters."""
+_INIT_SECONDS = 20
+"""How long a server may keep rank 0 (and, at the next collective, everybody) waiting."""
+_EXTRA_SETTINGS = {"finish_timeout": 20, "x_transaction_log_flush_interval": 1}
+"""Seconds. torchrun kills 30 s after SIGTERM: rows must be on disk before it, and finish be done by then."""
+
+_REMEDY = "pip install wandb, or leave the sink out"
+
+_log = logging.getLogger("ddp_streammon")
+
+
+class WandbSink:
+    """Logs into the active W&B run, or else into one of its own.
+
+    An active run is its owner's: it is never finished, its config entries are never overwritten and it sends
+    alerts only if `alerts=True`. Rows are logged without `step=`; an owner who passes `step=` himself sees
+    W&B drop his rows once ours have moved its counter, and wants `join_rows=True` (ours then join the rows
+    that he commits) or, as W&B advises, an axis of his own by `define_metric`.
+
+    A run of our own resumes by its id: keep `run_id` in the checkpoint and pass it back. A server that cannot
+    be reached is one warning and an offline run, which `wandb sync` uploads later.
+    """
+
+    def __init__(
+        self,
+        mode: str = "offline",
+        project: str = "ddp_streammon",
+        entity: str | None = None,
+        group: str | None = None,
+        tags: tuple[str, ...] = (),
+        run_id: str | None = None,
+        dir: str | Path | None = None,
+        log_every: int = 1,
+        alerts: bool | None = None,
+        join_rows: bool = False,
+    ) -> None:
+        """ImportError without wandb, ValueError for a bad mode or `log_every`, OSError for a bad folder.
+
+        `mode`: `disabled` does nothing, in an active run neither; `auto` is `WANDB_MODE`, else online where
+        an API key is found, else offline. `log_every`: log every n-th step report (epoch reports always).
+        `alerts`: None means from a run of our own only. `dir`: else `WANDB_DIR`, else the run directory.
+        """
+        if mode not in MODES:
+            raise ValueError(f"wandb mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if log_every < 1:
+            raise ValueError(f"wandb log_every must be at least 1 (every step report), got {log_every}")
+        self._mode = _auto_mode() if mode == "auto" else mode
+        self._wandb: Any = None if self._mode == "disabled" else _import_wandb()
+        self._place = {"project": project, "entity": entity, "group": group, "tags": list(tags)}
+        self._dir = None if dir is None else _usable_folder(Path(dir))
+        self._log_every = log_every
+        self._alerts = alerts
+        self._commit = False if join_rows else None
+        self.run_id = run_id or secrets.token_hex(4)
+        """W&B's id of the run, for the checkpoint; that of the active run after `open`."""
+        self.location = ""
+        """After `open`: the run's page, or its folder where there is none. Empty in mode disabled."""
+        self._run: Any = None
+        self._owned = False
+        self._streams: tuple[str, ...] = ()
+        self._step_reports = 0
+        self._defined: set[str] = set()
+        self._told = Told()
+        self._noted: set[Hashable] = set()
+        self._rows: list[list[Any]] = []
+
+    def open(self, run: RunInfo) -> None:
+        """Take the active run or make one; declare the axes."""
+        if self._mode == "disabled":
+            return
+        self._streams = run.streams
+        config = {"streams": list(run.streams), **run.config}
+        active = self._wandb.run
+        self._owned = active is None
+        if active is None:
+            self._run = self._started(run, config)
+            self._run.config.update(config, allow_val_change=True)
+        else:
+            self._run = active
+            self.run_id = active.id
+            active.config.setdefaults(config)
+        self.location = "" if self._run.disabled else str(self._run.url or Path(self._run.dir).parent)
+        for axis in (STEP_AXIS, keys.EPOCH):
+            self._run.define_metric(axis)
+        for axis, figures in ((STEP_AXIS, _STEP_FIGURES), (keys.EPOCH, _EPOCH_FIGURES)):
+            for figure in figures:
+                self._run.define_metric(f"{figure}/*", step_metric=axis)
+
+    def write(self, report: Report) -> None:
+        """Log the values (step reports thinned by `log_every`) and send the alerts."""
+        if self._run is None:
+            return
+        if report.kind == "epoch" or self._step_reports % self._log_every == 0:
+            self._log_values(report)
+        self._step_reports += report.kind == "step"
+        for finding in self._told.news(report.kind, report.findings):
+            self._note(finding, report.step, report.epoch)
+
+    def close(self, outcome: Outcome) -> None:
+        """Write the table of findings and the summary; finish the run if it is ours."""
+        if self._run is None:
+            return
+        with _sigterm_ignored():
+            try:
+                self._conclude(outcome)
+            finally:
+                run, self._run = self._run, None
+                if self._owned:
+                    run.finish(exit_code=outcome.exit_code)
+
+    def _started(self, run: RunInfo, config: Mapping[str, Any]) -> Any:
+        """A run of our own; offline where the server does not answer."""
+        folder = self._dir or os.environ.get("WANDB_DIR") or run.run_dir
+        arguments = {
+            **self._place,
+            "id": self.run_id,
+            "name": run.name,
+            "dir": None if folder is None else str(_usable_folder(Path(folder))),
+            "config": dict(config),
+            "resume": "allow",
+        }
+        try:
+            return self._wandb.init(mode=self._mode, settings=_settings(self._wandb), **arguments)
+        except Exception as error:
+            if self._mode != "online":
+                raise
+            _log.warning(
+                "W&B could not start an online run (%s: %s): this run is kept offline, upload it later with "
+                "`wandb sync`; check WANDB_BASE_URL, `wandb login` and the network",
+                type(error).__name__,
+                error,
+            )
+        self._wandb.teardown()  # the service holds on to the id of the run that failed
+        return self._wandb.init(mode="offline", settings=_settings(self._wandb), **arguments)
+
+    def _log_values(self, report: Report) -> None:
+        row = self._grouped(report.values)
+        axis = STEP_AXIS if report.kind == "step" else keys.EPOCH
+        for key in row.keys() - self._defined:
+            if key.split("/")[0] not in (*_STEP_FIGURES, *_EPOCH_FIGURES):
+                self._run.define_metric(key, step_metric=axis)
+            self._defined.add(key)
+        row[STEP_AXIS] = report.step
+        if report.epoch is not None:
+            row[keys.EPOCH] = report.epoch
+        self._run.log(row, commit=self._commit)
+
+    def _grouped(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The values under the keys that W&B shows side by side, but for what is an axis already."""
+        return {
+            keys.grouped(key, self._streams): float(value) for key, value in values.items() if key not in _AXIS_NAMES
+        }
+
+    def _note(self, finding: Finding, step: int | None, epoch: float | None) -> None:
+        """Keep a new finding for the table, and send an alert if it is loud enough."""
+        override = "" if finding.action is None else describe_action(finding.action, "hydra")
+        self._noted.add(gist(finding))
+        self._rows.append(
+            [
+                step,
+                epoch,
+                finding.rule,
+                finding.severity.value,
+                finding.stream,
+                finding.rank,
+                str(finding),
+                override,
+            ]
+        )
+        level = _ALERT_LEVELS.get(finding.severity)
+        if level is not None and (self._owned if self._alerts is None else self._alerts):
+            self._run.alert(
+                title=textwrap.shorten(finding, _TITLE_LENGTH, placeholder="..."),
+                text=f"{finding}\n{override}".rstrip(),
+                level=level,
+            )
+
+    def _conclude(self, outcome: Outcome) -> None:
+        for finding in outcome.findings:
+            if gist(finding) not in self._noted:
+                self._note(finding, finding.step, None)
+        if self._rows:
+            table = self._wandb.Table(columns=list(FINDING_COLUMNS), data=self._rows, allow_mixed_types=True)
+            self._run.log({"findings": table}, commit=self._commit)
+        self._run.summary.update(self._grouped(outcome.summary))
+
+
+def active_wandb_run() -> Any | None:
+    """The W&B run that the user has started in this process, or None. Imports nothing."""
+    return getattr(sys.modules.get("wandb"), "run", None)
+
+
+def _import_wandb() -> Any:
+    """The package. A folder `./wandb` of offline runs, which Python would import for it, is not taken."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(f"the W&B sink needs the package wandb: {_REMEDY}") from error
+    if not hasattr(wandb, "init"):
+        found = ", ".join(wandb.__path__)
+        raise ImportError(f"the W&B sink needs the package wandb, found only the folder {found}: {_REMEDY}")
+    return wandb
+
+
+def _auto_mode() -> str:
+    """`WANDB_MODE`, else online where an API key is found in the environment or in ~/.netrc, else offline."""
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode:
+        valid = [name for name in MODES if name != "auto"]
+        if mode not in valid:
+            raise ValueError(f"WANDB_MODE must be one of {', '.join(valid)} for mode=auto, got {mode!r}")
+        return mode
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    try:
+        known = netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        known = False
+    return "online" if known or os.environ.get("WANDB_API_KEY") else "offline"
+
+
+def _usable_folder(folder: Path) -> Path:
+    """The folder, made if missing. W&B would silently write to a temporary one in its place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("no permission")
+    except OSError as error:
+        raise OSError(
+            f"W&B cannot write to the folder {str(folder)!r} ({error.strerror or error}): "
+            "give one that you may write to as dir=... or in WANDB_DIR"
+        ) from error
+    return folder
+
+
+def _settings(wandb: Any) -> Any:
+    """Bounded waits, rows on disk within a second, and the job's standard output left alone."""
+    settings = wandb.Settings(init_timeout=_INIT_SECONDS, console="off", quiet=True)
+    for name, value in _EXTRA_SETTINGS.items():
+        try:
+            setattr(settings, name, value)
+        except (AttributeError, TypeError, ValueError):
+            _log.debug("this version of wandb has no setting %s", name)
+    return settings
+
+
+@contextmanager
+def _sigterm_ignored() -> Iterator[None]:
+    """Let W&B finish although torchrun asks rank 0 to go. Signals can be set in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)

@@ -1,0 +1,333 @@
+"""sinks/wandb.py, against what W&B really writes to disk and sends to a server."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddp_streammon import keys
+from ddp_streammon.config import Severity
+from ddp_streammon.report import Outcome, Report, RunInfo
+from ddp_streammon.rules.finding import Action, Finding
+from ddp_streammon.sinks import FanOut, JsonlSink, read_jsonl
+from ddp_streammon.sinks import wandb as sink_module
+from ddp_streammon.sinks.wandb import FINDING_COLUMNS, STEP_AXIS, WandbSink, active_wandb_run
+from tests.fake_wandb import API_KEY, FakeWandb
+from tests.read_wandb import OfflineRun, read_run
+
+wandb = pytest.importorskip("wandb")
+
+STREAMS = ("rgb", "depth")
+RUN = RunInfo(streams=STREAMS, config={"seed": 1, "optim": {"lr": 0.1}}, inventory="", name="first")
+OVERFIT = Finding(
+    "⚠️  Depth overfitting (score: 1.5) - increase depth_weight_decay or add dropout somewhere",
+    rule="guide.overfit",
+    severity=Severity.warning,
+    stream="depth",
+    action=Action("weight_decay", "depth", 0.05, 0.02),
+)
+HINT = Finding("✓ Gradient ratio balanced (1.15)", rule="guide.ratio")
+NONFINITE = Finding("❌ 3 NaN", rule="nonfinite", severity=Severity.error, stream="rgb", rank=1, step=2)
+
+
+def step(number: int, **values: float) -> Report:
+    return Report("step", number, number / 2, {"rgb_grad_norm": number * 0.1, "loss": 1 / number, **values})
+
+
+def epoch(number: int, *findings: Finding) -> Report:
+    values = {"rgb_val_acc": 0.5, "depth_overfitting_score": 1.5, "val_loss": 0.25, "epoch": float(number)}
+    return Report("epoch", 2 * number, float(number), values, findings)
+
+
+OUTCOME = Outcome({"rgb_grad_norm": 0.3, "best_val_acc": 0.5}, (NONFINITE, OVERFIT), "", exit_code=0)
+
+
+@pytest.fixture(autouse=True)
+def a_wandb_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No variable, folder or service of one test reaches another; nothing leaves this machine."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.chdir(tmp_path)
+    yield
+    wandb.teardown()
+
+
+def log_run(sink: WandbSink, *reports: Report) -> None:
+    sink.open(RUN)
+    for report in reports:
+        sink.write(report)
+    sink.close(OUTCOME)
+
+
+def written(path: Path) -> OfflineRun:
+    """The run on disk. `finish` may return some milliseconds before the service has written all of it."""
+    wandb.teardown()
+    return read_run(path)
+
+
+def same(a: Any, b: Any) -> bool:
+    return bool(a == b or (math.isnan(a) and math.isnan(b)))
+
+
+def figures(row: dict[str, Any]) -> dict[str, Any]:
+    """What a history row holds besides the axes and W&B's own columns."""
+    return {key: value for key, value in row.items() if not key.startswith("_") and key not in AXES}
+
+
+AXES = (STEP_AXIS, keys.EPOCH)
+
+
+def test_the_offline_file_holds_what_the_jsonl_holds(tmp_path: Path) -> None:
+    sink, file = WandbSink(run_id="r1"), JsonlSink(tmp_path / "log.jsonl")
+    both = FanOut([file, sink])
+    reports = [
+        step(1, rgb_to_depth_ratio=math.inf),
+        step(2, depth_grad_norm=math.nan, rgb_lr=1e-3),
+        epoch(1, HINT, OVERFIT),
+        step(3, loss=-math.inf),
+        epoch(2, HINT, OVERFIT),
+        epoch(3),
+    ]
+    both.open(RUN)
+    for report in reports:
+        both.write(report)
+    both.close(OUTCOME)
+    run = written(tmp_path / "wandb")
+    assert both.locations == [str(file.path), str(next((tmp_path / "wandb").glob("offline-run-*-r1")))]
+
+    logged = [record for record in read_jsonl(file.path) if record["type"] in ("step", "epoch")]
+    rows = [row for row in run.history if STEP_AXIS in row]
+    assert len(rows) == len(logged) == 6
+    for row, record in zip(rows, logged, strict=True):
+        assert (row[STEP_AXIS], row[keys.EPOCH]) == (record["step"], record["epoch"])
+        values = {keys.grouped(k, STREAMS): v for k, v in record["values"].items() if k != keys.EPOCH}
+        assert figures(row).keys() == values.keys()
+        assert all(same(row[key], value) for key, value in values.items()), (row, values)
+    assert rows[0]["ratio/rgb_to_depth_ratio"] == math.inf and math.isnan(rows[1]["grad_norm/depth"])
+
+    assert run.run_id == "r1" and run.exit_code == 0
+    assert run.config["seed"] == 1 and run.config["streams"] == list(STREAMS)
+    assert run.config["optim"] == {"lr": 0.1}
+    assert run.summary["grad_norm/rgb"] == 0.3 and run.summary["train/best_val_acc"] == 0.5
+    check_axes(run)
+    check_alerts(run)
+    check_table(tmp_path)
+
+
+def check_axes(run: OfflineRun) -> None:
+    assert run.axes[STEP_AXIS] == "" and run.axes[keys.EPOCH] == ""
+    for name in ("grad_norm/*", "weight_norm/*", "lr/*", "train/loss", "ratio/rgb_to_depth_ratio"):
+        assert run.axes[name] == STEP_AXIS, name
+    for name in ("val_acc/*", "overfitting_score/*", "train/val_loss"):
+        assert run.axes[name] == keys.EPOCH, name
+
+
+def check_alerts(run: OfflineRun) -> None:
+    """One for the finding that stood for two epochs and cleared, one for the outcome's, none for the hint."""
+    first, second = run.alerts
+    assert first["level"] == "WARN" and len(first["title"]) <= 60
+    assert first["title"].startswith("⚠️ Depth overfitting") and first["title"].endswith("...")
+    assert first["text"] == f"{OVERFIT}\noptim.streams.depth.weight_decay=0.05"
+    assert (second["level"], second["title"]) == ("ERROR", "❌ 3 NaN")
+
+
+def check_table(folder: Path) -> None:
+    override = "optim.streams.depth.weight_decay=0.05"
+    (file,) = folder.glob("wandb/offline-run-*/files/media/table/findings*.table.json")
+    table = json.loads(file.read_text())
+    assert tuple(table["columns"]) == FINDING_COLUMNS
+    assert table["data"] == [
+        [2, 1.0, "guide.ratio", "info", None, None, str(HINT), ""],
+        [2, 1.0, "guide.overfit", "warning", "depth", None, str(OVERFIT), override],
+        [2, None, "nonfinite", "error", "rgb", 1, "❌ 3 NaN", ""],
+    ]
+
+
+def test_log_every_thins_steps_only(tmp_path: Path) -> None:
+    reports = [step(1), step(2), epoch(1), step(3), step(4), epoch(2)]
+    log_run(WandbSink(log_every=3, alerts=False), *reports)
+    run = written(tmp_path / "wandb")
+    assert [row[STEP_AXIS] for row in run.history if STEP_AXIS in row] == [1, 2, 4, 4]
+    assert run.alerts == []
+
+
+def test_an_active_run_is_logged_into_and_left_to_its_owner(tmp_path: Path) -> None:
+    owner = wandb.init(mode="offline", id="theirs", config={"seed": 7}, settings={"console": "off"})
+    owner.log({"mine": 1.0})
+    sink = WandbSink(run_id="ignored")
+    log_run(sink, step(1), epoch(1, OVERFIT))
+    assert wandb.run is owner and sink.run_id == "theirs" and "theirs" in sink.location
+    owner.log({"mine": 2.0})
+    owner.finish()
+    run = written(tmp_path / "wandb")
+    assert [row["mine"] for row in run.history if "mine" in row] == [1.0, 2.0]
+    assert [row["grad_norm/rgb"] for row in run.history if "grad_norm/rgb" in row] == [0.1]
+    assert run.config["seed"] == 7 and run.config["streams"] == list(STREAMS)
+    assert run.alerts == []
+
+
+def test_an_active_run_sends_alerts_when_asked(tmp_path: Path) -> None:
+    with wandb.init(mode="offline", settings={"console": "off"}):
+        log_run(WandbSink(alerts=True), epoch(1, OVERFIT))
+    assert [alert["level"] for alert in written(tmp_path / "wandb").alerts] == ["WARN", "ERROR"]
+
+
+def test_an_owner_who_passes_step_keeps_his_rows_with_join_rows(tmp_path: Path) -> None:
+    """Two rows of ours to one of his: W&B's counter would pass his, and W&B would drop them."""
+    with wandb.init(mode="offline", settings={"console": "off"}) as owner:
+        sink = WandbSink(join_rows=True)
+        sink.open(RUN)
+        for number in (1, 2, 3):
+            owner.log({"mine": float(number)}, step=number)
+            sink.write(step(number))
+            sink.write(epoch(number))
+    rows = [row for row in written(tmp_path / "wandb").history if "mine" in row]
+    assert [(row["mine"], row["val_acc/rgb"]) for row in rows] == [(1.0, 0.5), (2.0, 0.5), (3.0, 0.5)]
+    assert [row["grad_norm/rgb"] for row in rows] == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_disabled_writes_nothing(tmp_path: Path) -> None:
+    sink = WandbSink(mode="disabled", run_id="r1")
+    log_run(sink, step(1), epoch(1, OVERFIT))
+    assert sink.location == "" and sink.run_id == "r1" and wandb.run is None
+    assert not list(tmp_path.rglob("*.wandb"))
+
+
+def test_resuming_offline_keeps_the_id(tmp_path: Path) -> None:
+    first = WandbSink()
+    log_run(first, step(1))
+    log_run(WandbSink(run_id=first.run_id), step(2))
+    runs = [written(file) for file in sorted(tmp_path.rglob("*.wandb"))]
+    assert runs and {run.run_id for run in runs} == {first.run_id}
+    steps = [row[STEP_AXIS] for run in runs for row in run.history if STEP_AXIS in row]
+    assert sorted(steps) == [1, 2]
+
+
+def test_online_and_resumed_on_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeWandb() as server:
+        for name, value in server.env().items():
+            monkeypatch.setenv(name, value)
+        sink = WandbSink(mode="online", project="p", run_id="r1")
+        log_run(sink, step(1), step(2), epoch(1, OVERFIT))
+        run = server.runs["r1"]
+        assert run.complete and run.exit_code == 0 and sink.location.endswith("/p/runs/r1")
+        assert [row[STEP_AXIS] for row in run.history if STEP_AXIS in row] == [1, 2, 2]
+        assert [alert["severity"] for alert in run.alerts] == ["WARN", "ERROR"]
+        assert run.config["seed"]["value"] == 1 and run.config["streams"]["value"] == list(STREAMS)
+        log_run(WandbSink(mode="online", project="p", run_id=sink.run_id), step(3))
+        assert list(server.runs) == ["r1"]
+        history = [row for row in run.history if STEP_AXIS in row]
+        assert [row[STEP_AXIS] for row in history] == [1, 2, 2, 3]
+        assert [row["_step"] for row in history] == sorted({row["_step"] for row in history})
+        assert run.summary["grad_norm/rgb"] == 0.3
+        wandb.teardown()
+        assert server.unknown == []
+
+
+@pytest.mark.slow
+def test_a_server_that_refuses_costs_a_warning_and_a_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        start = time.monotonic()
+        with caplog.at_level(logging.WARNING, logger="ddp_streammon"):
+            log_run(WandbSink(mode="online", run_id="r1"), step(1))
+        seconds = time.monotonic() - start
+    (record,) = [record for record in caplog.records if record.name == "ddp_streammon"]
+    assert "this run is kept offline, upload it later with `wandb sync`" in record.getMessage()
+    run = written(next((tmp_path / "wandb").glob("offline-run-*-r1")))
+    assert run.run_id == "r1" and [row["train/loss"] for row in run.history if STEP_AXIS in row] == [1.0]
+    assert seconds < 30
+
+
+def test_sigterm_cannot_break_into_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun sends SIGTERM to rank 0 when another rank has died, just as rank 0 finishes its run."""
+    sink = WandbSink()
+    sink.open(RUN)
+    run, finished = wandb.run, []
+
+    def finish(exit_code: int) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        finished.append(exit_code)
+
+    monkeypatch.setattr(run, "finish", finish)
+    before = signal.getsignal(signal.SIGTERM)
+    sink.close(Outcome({}, (), "", exit_code=1))
+    assert finished == [1] and signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.undo()
+    run.finish()
+
+
+def test_closing_in_another_thread_sets_no_signal() -> None:
+    sink = WandbSink()
+    sink.open(RUN)
+    thread = threading.Thread(target=sink.close, args=(OUTCOME,))
+    thread.start()
+    thread.join(timeout=30)
+    assert not thread.is_alive() and wandb.run is None
+
+
+def test_bad_settings_are_refused_with_the_valid_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mode must be one of auto, disabled, offline, online, got 'onlin'"):
+        WandbSink(mode="onlin")
+    with pytest.raises(ValueError, match=r"log_every must be at least 1 \(every step report\), got 0"):
+        WandbSink(log_every=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="W&B cannot write to the folder .*runs.* as dir=... or in WANDB_DIR"):
+        WandbSink(dir=tmp_path / "file" / "runs")
+
+
+def test_a_missing_package_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="needs the package wandb: pip install wandb"):
+        WandbSink()
+
+
+def test_a_folder_of_offline_runs_is_not_taken_for_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.delitem(sys.modules, "wandb")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(ImportError, match="found only the folder .*/wandb: pip install wandb"):
+        WandbSink()
+
+
+def test_auto_is_online_only_with_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto_mode = sink_module._auto_mode
+    assert auto_mode() == "offline"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
+    assert auto_mode() == "online"
+    (tmp_path / "netrc").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+    assert auto_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert auto_mode() == "disabled"
+    monkeypatch.setenv("WANDB_MODE", "shared")
+    with pytest.raises(ValueError, match="WANDB_MODE must be one of disabled, offline, online for mode=auto"):
+        WandbSink(mode="auto")
+
+
+def test_looking_for_an_active_run_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert active_wandb_run() is None
+    with wandb.init(mode="offline", settings={"console": "off"}) as run:
+        assert active_wandb_run() is run
+    monkeypatch.delitem(sys.modules, "wandb")
+    assert active_wandb_run() is None and "wandb" not in sys.modules
