@@ -123,14 +123,17 @@ class Context:
     def non_finite(self) -> dict[str, dict[str, float]]:
         """The streams whose gradients were nan or inf within the window, by what: `elements` or `norm`.
 
-        Norms are taken over the finite elements, so that the count speaks; others may log a norm of nan.
+        Norms are taken over the finite elements, so that the count speaks, and a norm of nan is that of no gradient.
+        Where no count was logged, the norm speaks.
         """
         seen: dict[str, dict[str, float]] = {}
         for stream in self.streams:
-            counts = [count for count in self.recent(stream, keys.GRAD_NONFINITE) if count > 0]
+            counts = self.recent(stream, keys.GRAD_NONFINITE)
             norms = [norm for norm in self.recent(stream, keys.GRAD_NORM) if not math.isfinite(norm)]
-            if counts or norms:
-                seen[stream] = {"elements": max(counts)} if counts else {"norm": norms[-1]}
+            if any(count > 0 for count in counts):
+                seen[stream] = {"elements": max(counts)}
+            elif norms and not counts:
+                seen[stream] = {"norm": norms[-1]}
         return seen
 
     def grad_norms(self) -> dict[str, float]:

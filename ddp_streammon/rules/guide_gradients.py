@@ -48,7 +48,7 @@ def _said(figures: Mapping[str, float]) -> str:
 
 
 def missing_gradients(context: Context) -> list[Finding]:
-    """S-GV where the norm is 0: no ratio, and no learning rate that would help."""
+    """S-GV where the norm is 0, or of nothing (nan): no ratio, and no learning rate that would help."""
     undefined = "Gradient ratio undefined: " if len(context.streams) > 1 else ""
     return [
         context.finding(
@@ -59,7 +59,7 @@ def missing_gradients(context: Context) -> list[Finding]:
             stream=stream,
         )
         for stream, norm in context.grad_norms().items()
-        if norm <= 0
+        if not norm > 0
     ]
 
 

@@ -1,0 +1,279 @@
+"""Global sums -> named floats. Plain maths; the numbers wait for their collective only when they are read."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ddp_streammon import keys
+from ddp_streammon.moments import ABS_MAX, ELEMENTS, NONFINITE, SQ_SUM, SUM, TENSORS
+from ddp_streammon.packet import Field, Layout
+
+
+class Total(NamedTuple):
+    """A user's number that is added up over ranks, where a bare float would be averaged over samples."""
+
+    value: float | Tensor
+
+
+ScalarLike: TypeAlias = "float | Tensor | tuple[float | Tensor, float | Tensor] | Total"
+"""A mean over the rank's samples (float), a count (int, added up), a pair (sum, weight), or a `Total`."""
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A user's number after the sum over ranks.
+
+    `sum` adds the ranks' values, `mean` weighs them by their samples; `value` is the one that the number's kind
+    asks for. `ranks` is how many ranks sent it. Non-finite values are left out of both.
+    """
+
+    sum: float
+    mean: float
+    ranks: int
+    is_total: bool
+
+    @property
+    def value(self) -> float:
+        return self.sum if self.is_total else self.mean
+
+
+@dataclass(frozen=True)
+class StreamStats:
+    """A stream's synced gradient: what the optimizer sees, unscaled, before clipping; over finite elements.
+
+    `grad_norm` is the L2 norm, `grad_mean` the mean and `grad_max` the largest absolute value of its elements,
+    `grad_share` its part of the model's squared norm (0 to 1). nan where no element has a gradient.
+    """
+
+    grad_norm: float
+    grad_mean: float
+    grad_max: float
+    grad_share: float
+    nonfinite: int
+    elements: int
+    tensors: int
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Everything of one monitored step, equal on every rank."""
+
+    step: int
+    epoch: float | None
+    streams: Mapping[str, StreamStats]
+    scalars: Mapping[str, Scalar]
+    ranks: int
+    """Ranks that took part; fewer than the world where `Join` let some finish early."""
+    nonfinite_ranks: tuple[int, ...]
+    """Ranks that sent a non-finite number (a loss, say)."""
+    scaled: bool
+    """Whether a GradScaler was in charge: a non-finite gradient then means a skipped step, not a fault."""
+
+    def values(self) -> dict[str, float]:
+        """The figures under their keys."""
+        values: dict[str, float] = {}
+        for name, stream in self.streams.items():
+            figures = (
+                stream.grad_norm,
+                stream.grad_mean,
+                stream.grad_max,
+                stream.grad_share,
+                stream.nonfinite,
+                stream.elements,
+                stream.tensors,
+            )
+            for figure, value in zip(keys.GRAD_FIGURES, figures, strict=True):
+                values[keys.of_stream(name, figure)] = value
+        for a, b in keys.pairs(self.streams):
+            values[keys.grad_ratio(a, b)] = ratio(self.streams[a].grad_norm, self.streams[b].grad_norm)
+        return values | {name: scalar.value for name, scalar in self.scalars.items()}
+
+
+def step_keys(streams: Sequence[str], scalars: Iterable[str]) -> tuple[str, ...]:
+    """The keys of `StepStats.values`, known before the numbers are."""
+    figures = [keys.of_stream(name, figure) for name in streams for figure in keys.GRAD_FIGURES]
+    return (*figures, *(keys.grad_ratio(a, b) for a, b in keys.pairs(streams)), *scalars)
+
+
+def ratio(a: float, b: float) -> float:
+    """a / b; nan where it means nothing: a denominator that is zero, or a number that is not finite."""
+    return a / b if math.isfinite(a) and math.isfinite(b) and b != 0 else math.nan
+
+
+STATE, MOMENTS, MAXIMA, BAD, SCALARS = "state", "moments", "abs_max", "nonfinite_scalars", "scalars"
+
+
+def step_layout(streams: Sequence[str], scalars: Sequence[str], world_size: int) -> Layout:
+    """The packet of a monitored step: 5 S + S W + 4 W + 4 U cells."""
+    return Layout(
+        (
+            Field(STATE, (3,), per_rank=True),
+            Field(MOMENTS, (len(streams), ABS_MAX)),
+            Field(MAXIMA, (len(streams),), per_rank=True),
+            Field(BAD, per_rank=True),
+            Field(SCALARS, (len(scalars), 4)),
+        ),
+        world_size,
+    )
+
+
+def step_fields(table: Tensor, cells: Tensor, bad: Tensor, *, epoch: float | None, scaled: bool) -> dict[str, Tensor]:
+    """A rank's moments [S, 6], user cells [U, 4], count of non-finite numbers [] and state as fields of its packet.
+
+    The state says that the rank takes part, whether a GradScaler is in charge, and its epoch: a rank that shadows
+    the others under `Join` knows neither, and is to file the same.
+    """
+    state = torch.tensor([1.0, float(scaled), math.nan if epoch is None else epoch], dtype=torch.float64)
+    return {STATE: state, MOMENTS: table[:, :ABS_MAX], MAXIMA: table[:, ABS_MAX], BAD: bad, SCALARS: cells}
+
+
+def unscale(table: Tensor, inverse_scale: float | Tensor) -> Tensor:
+    """Moments of scaled gradients -> moments of the gradients. Shape: [S, 6]. Comm, Sync: none."""
+    factors = torch.ones_like(table[0])
+    factors[SUM] = factors[ABS_MAX] = inverse_scale
+    factors[SQ_SUM] = inverse_scale * inverse_scale
+    return table * factors
+
+
+def is_total(value: ScalarLike) -> bool:
+    """Whether a user's number is added up over ranks: counts (int, bool, integer tensors) and `Total`s."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point()
+    return isinstance(value, Total | numbers.Integral)
+
+
+def scalar_cells(
+    names: Sequence[str], values: Mapping[str, ScalarLike], samples: float | Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """A rank's numbers as cells (sum, weighted sum, weight, present) and how many of them are not finite.
+
+    Shape: [U, 4] and [] float64. Comm: none. Sync: none for numbers on `device` (those elsewhere are copied).
+    """
+    weight = 1.0 if samples is None else samples
+    rows: list[tuple[float | Tensor, float | Tensor, float | Tensor, float]] = []
+    for name in names:
+        value = values.get(name)
+        if value is None:
+            rows.append((0.0, 0.0, 0.0, 0.0))
+        elif isinstance(value, Total):
+            rows.append((value.value, value.value, 1.0, 1.0))
+        elif isinstance(value, tuple):
+            rows.append((value[0], value[0], value[1], 1.0))
+        else:
+            rows.append((value, value * weight, weight, 1.0))
+    cells = _matrix(rows, device)
+    finite = torch.isfinite(cells).all(dim=1, keepdim=True)
+    bad = (~finite).sum().double()
+    return torch.where(finite, cells, 0.0), bad
+
+
+def _matrix(rows: Sequence[Sequence[float | Tensor]], device: torch.device) -> Tensor:
+    """Numbers and one-element tensors -> [U, 4] float64 on `device`."""
+    on_host = all(not isinstance(cell, Tensor) or cell.device.type == "cpu" for row in rows for cell in row)
+    if device.type == "cpu" or on_host:
+        floats = [[float(cell.detach() if isinstance(cell, Tensor) else cell) for cell in row] for row in rows]
+        return torch.tensor(floats, dtype=torch.float64).view(len(rows), 4).to(device, non_blocking=True)
+    cells = [
+        cell.detach().double().reshape(()).to(device)
+        if isinstance(cell, Tensor)
+        else torch.full((), float(cell), dtype=torch.float64, device=device)
+        for row in rows
+        for cell in row
+    ]
+    return torch.stack(cells).view(len(rows), 4)
+
+
+def step_stats(sums: Mapping[str, Tensor], streams: Sequence[str], scalars: Mapping[str, bool], step: int) -> StepStats:
+    """The fields of a summed step packet, on the host, as floats. `scalars`: names, and whether each is a total.
+
+    Where ranks are missing (`Join`) those that are left have read in full, for 1 / world size each: the moments are
+    their mean (shards.full_shares).
+    """
+    states = sums[STATE].T.tolist()
+    alive = [state for state in states if state[0]]
+    epoch = alive[0][2] if alive else math.nan
+    table = (sums[MOMENTS] * (len(states) / max(len(alive), 1))).tolist()
+    maxima = sums[MAXIMA].amax(dim=1).tolist() if streams else []
+    model_sq_norm = sum(row[SQ_SUM] for row in table)
+    per_stream = {}
+    for name, row, abs_max in zip(streams, table, maxima, strict=True):
+        has_gradient, finite = row[ELEMENTS] > 0, row[ELEMENTS] - row[NONFINITE]
+        per_stream[name] = StreamStats(
+            grad_norm=math.sqrt(row[SQ_SUM]) if has_gradient else math.nan,
+            grad_mean=row[SUM] / finite if finite > 0 else math.nan,
+            grad_max=abs_max if has_gradient else math.nan,
+            grad_share=ratio(row[SQ_SUM], model_sq_norm) if has_gradient else math.nan,
+            nonfinite=_at_least_one(row[NONFINITE]),
+            elements=_at_least_one(row[ELEMENTS]),
+            tensors=_at_least_one(row[TENSORS]),
+        )
+    cells = sums[SCALARS].tolist()
+    return StepStats(
+        step=step,
+        epoch=None if math.isnan(epoch) else epoch,
+        streams=per_stream,
+        scalars={
+            name: Scalar(row[0] if row[3] else math.nan, ratio(row[1], row[2]), ranks=round(row[3]), is_total=total)
+            for (name, total), row in zip(scalars.items(), cells, strict=True)
+        },
+        ranks=len(alive),
+        nonfinite_ranks=tuple(rank for rank, bad in enumerate(sums[BAD].tolist()) if bad),
+        scaled=any(scaled for _, scaled, _ in alive),
+    )
+
+
+def _at_least_one(count: float) -> int:
+    """A count, which is a mean over ranks where they differ: rounded, but what one rank has is not nothing."""
+    return max(round(count), int(count > 0))
+
+
+class Figures(Mapping[str, float]):
+    """Figures whose names are known and whose numbers may still be under way; reading one waits for them.
+
+    `a | b` merges without waiting, `to_dict()` gives a plain dict.
+    """
+
+    def __init__(self, names: Iterable[str], resolve: Callable[[], Mapping[str, float]]) -> None:
+        self._names = tuple(names)
+        self._resolve: Callable[[], Mapping[str, float]] | None = resolve
+        self._values: Mapping[str, float] = {}
+
+    def _read(self) -> Mapping[str, float]:
+        if self._resolve is not None:
+            self._values = self._resolve()
+            self._resolve = None
+        return self._values
+
+    def __getitem__(self, key: str) -> float:
+        if key not in self._names:
+            raise KeyError(f"no figure {key!r}; nearest: {', '.join(keys.nearest(key, self._names))}")
+        return self._read()[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._names  # Mapping's own would read, hence wait
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __or__(self, other: Mapping[str, float]) -> Figures:
+        return Figures(dict.fromkeys((*self, *other)), lambda: {**self, **other})
+
+    def __ror__(self, other: Mapping[str, float]) -> Figures:
+        return Figures(dict.fromkeys((*other, *self)), lambda: {**other, **self})
+
+    def __repr__(self) -> str:
+        return f"Figures({self.to_dict() if self._resolve is None else 'under way: ' + ', '.join(self)})"
+
+    def to_dict(self) -> dict[str, float]:
+        """The figures as a plain dict; waits."""
+        return {key: self._read()[key] for key in self._names}
