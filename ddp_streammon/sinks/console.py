@@ -26,7 +26,8 @@ class ConsoleSink:
     """Plain lines (no cursor movement, so that `torchrun --tee` and log files stay readable).
 
     Step reports print nothing, except a finding of severity `warning` or `error`, once, when it is raised.
-    Epoch reports print the table and the findings; those that stand since before are counted, not repeated.
+    Epoch reports print the table (with the last step's gradient norms) and the findings; those that stand since
+    before are counted, not repeated.
     """
 
     def __init__(self, stream: TextIO | None = None, action_style: ActionStyle = "words") -> None:
@@ -38,6 +39,7 @@ class ConsoleSink:
         self._style: ActionStyle = action_style
         self._streams: tuple[str, ...] = ()
         self._told = Told()
+        self._last_step: Mapping[str, float] = {}
 
     def open(self, run: RunInfo) -> None:
         """Print the inventory."""
@@ -48,6 +50,7 @@ class ConsoleSink:
     def write(self, report: Report) -> None:
         """Print an epoch's table and findings, or a step's alarms."""
         if report.kind == "step":
+            self._last_step = report.values
             alarms = [f for f in report.findings if f.severity.level >= Severity.warning.level]
             news = self._told.news("step", alarms)
             self._print(*(f"step {report.step}: {self._sentence(finding)}" for finding in news))
@@ -57,7 +60,7 @@ class ConsoleSink:
         when = f"step {report.step}"
         self._print(
             when if report.epoch is None else f"epoch {report.epoch:g} ({when})",
-            *figure_table(report.values, self._streams),
+            *figure_table({**self._last_step, **report.values}, self._streams),
             *(f"  {self._sentence(finding)}" for finding in news),
             *([f"  ({standing} unchanged)"] if standing else []),
         )

@@ -1,0 +1,566 @@
+"""The monitor: it wires the street together and owns the History, nothing else."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
+
+from ddp_streammon import keys, stats
+from ddp_streammon.collective import Collective, Reduction
+from ddp_streammon.config import MonitorConfig, RuleSet
+from ddp_streammon.evaluation import EvalStats, Items, Score, activation_moments, classification, measure
+from ddp_streammon.history import History
+from ddp_streammon.moments import moments
+from ddp_streammon.packet import Layout
+from ddp_streammon.report import Outcome, Report, RunInfo, Sink, summary_text
+from ddp_streammon.rules import exact, guide
+from ddp_streammon.rules.finding import Finding, StreamSettings
+from ddp_streammon.shards import full_shares, shares
+from ddp_streammon.sinks import FanOut, WandbSink, active_wandb_run
+from ddp_streammon.stats import Figures, ScalarLike, StepStats, Total
+from ddp_streammon.streams import StreamLike, StreamSet
+from ddp_streammon.weights import weight_figures
+
+_log = logging.getLogger("ddp_streammon")
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+Mean = float | tuple[float, float] | None
+"""A rank's mean, or its (sum, weight); None: the whole model's, from the evaluation at hand."""
+
+
+@dataclass
+class _Pending:
+    """A measured step whose sum over ranks is under way."""
+
+    call: int
+    layout: Layout
+    streams: tuple[str, ...]
+    scalars: Mapping[str, bool]
+    reduction: Reduction
+    shadow: bool
+    result: StepStats | None = None
+
+    def read(self) -> StepStats:
+        """The step's figures; waits for the collective the first time."""
+        if self.result is None:
+            sums = self.layout.unpack(self.reduction.wait())
+            self.result = stats.step_stats(sums, self.streams, self.scalars, self.call)
+        return self.result
+
+
+class StreamMonitor(Joinable):
+    """Watches every stream of `model` on every rank.
+
+    The three-line face: `monitor = watch(model, optimizer)`, `monitor.step(loss=loss, samples=n)` after backward and
+    before clipping, `monitor.evaluate(loader)`. The guide's face: `compute_stream_gradients()` and its like,
+    `log_metrics`, `get_recommendations`, `get_summary`, `history[key]`.
+
+    Build it after the model is wrapped (DDP, torch.compile) and on every rank; calls that say "Comm" are made by
+    all ranks or by none. Works the same without a process group. It draws no random number and changes neither
+    weights nor gradients nor modes.
+
+    `streams`: see `StreamSet.resolve`. `sinks` are used on rank 0 only. `run` describes the run to them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizers = None,
+        streams: Mapping[str, StreamLike] | None = None,
+        *,
+        config: MonitorConfig | None = None,
+        sinks: Iterable[Sink] = (),
+        group: dist.ProcessGroup | None = None,
+        run: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config or MonitorConfig()
+        self.model = model
+        if optimizer is None:
+            self._optimizers: tuple[torch.optim.Optimizer, ...] = ()
+        else:
+            self._optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
+        self.streams = StreamSet.resolve(model, streams, self._optimizers)
+        self.history = History(self.config.history_limit)
+        self.epoch: float | None = None
+        self._collective = Collective(group)
+        self._shares = shares(self.streams, model, self._collective.topology)
+        self._full_shares = full_shares(self.streams, self._collective.topology)
+        self._device = next(self.streams.model.parameters()).device
+        self._calls = 0
+        self._scalars: dict[str, bool] | None = None
+        self._pending: deque[_Pending] = deque()
+        self._standing: list[Finding] = []
+        self._findings: dict[str, Finding] = {}
+        self._closed = False
+        self._sink = FanOut(sinks if self._collective.topology.rank == 0 else ())
+        described = {**(run or {}), "monitor": asdict(self.config)}
+        self._sink.open(RunInfo(self.streams.user_names, described, self.inventory()))
+
+    def inventory(self) -> str:
+        """The streams with their tensors, parameters, learning rates and dtypes, as a table."""
+        return self.streams.inventory(self._optimizers)
+
+    @property
+    def calls(self) -> int:
+        """How often `step` was called: the step that figures are filed under."""
+        return self._calls
+
+    # The three-line face ---------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        *,
+        loss: ScalarLike | None = None,
+        samples: float | Tensor | None = None,
+        present: Mapping[str, Tensor] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        epoch: float | None = None,
+        **scalars: ScalarLike | None,
+    ) -> Figures:
+        """Measure the gradients of this step: after backward, before clipping, once an optimizer step.
+
+        `loss` is this rank's mean over its `samples`. `present` maps streams to masks [samples], true where the
+        stream has data. `scaler` is the GradScaler, if there is one: norms are unscaled. Any other number rides
+        along: a float is averaged over samples, a count (int) or a `Total` added up, a pair is (sum, weight).
+        Names are fixed at the first call; one that a rank leaves out then counts for nothing in that step.
+
+        Returns the figures of this step (keys.step_keys), empty on steps that `every` leaves out. They enter
+        `history` at call n + `delay`.
+
+        Comm: one all_reduce(SUM) on a monitored step; at the first call also an all_gather_object of the names.
+        Sync: none on CUDA with NCCL; reading the result waits.
+        """
+        Join.notify_join_context(self)
+        if epoch is not None:
+            self.epoch = epoch
+        numbers: dict[str, ScalarLike | None] = {"loss": loss, **scalars}
+        numbers["samples"] = None if samples is None else Total(samples)
+        for name, mask in (present or {}).items():
+            self.streams[name]
+            numbers[keys.of_stream(name, keys.PRESENT)] = (mask.sum(), float(mask.numel()))
+        return self._step(numbers, samples, scaler)
+
+    def _step(
+        self,
+        numbers: Mapping[str, ScalarLike | None],
+        samples: float | Tensor | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> Figures:
+        if self._scalars is None:
+            self._scalars = self._agree(numbers)
+        self._calls += 1
+        figures = Figures((), dict)
+        if (self._calls - 1) % self.config.every == 0:
+            unknown = [name for name, value in numbers.items() if value is not None and name not in self._scalars]
+            if unknown:
+                warnings.warn(
+                    f"not sent: {', '.join(unknown)}. The packet's names are fixed at the first step "
+                    f"({', '.join(self._scalars) or 'none'}); name it there too, with None if it has no value yet",
+                    stacklevel=3,
+                )
+            pending = self._measure(self._scalars, numbers, samples, scaler)
+            self._pending.append(pending)
+            figures = Figures(stats.step_keys(pending.streams, pending.scalars), lambda: pending.read().values())
+        while self._pending and self._pending[0].call + self.config.delay <= self._calls:
+            self._arrive(self._pending.popleft())
+        return figures
+
+    def evaluate(
+        self,
+        items: Items | Iterable[Any],
+        score: Score | None = None,
+        *,
+        split: str = "val",
+        sharded: bool | None = None,
+        max_batches: int | None = None,
+    ) -> Figures:
+        """Evaluate the whole model and each stream alone over a sharded set of items, and remember the figures.
+
+        `items`: a DataLoader (re-made over this rank's stride), or any iterable of batches with `sharded` (see
+        `evaluation.Items`). `score(model, batch)` gives per-item figures (`evaluation.Score`), by default the loss
+        and accuracy of a classifier. Keys: `full_val_loss`, `<stream>_val_loss` (the other streams' features
+        zero), from three streams on `<stream>_without_val_loss`; and so for each figure of the score.
+
+        Comm: a broadcast of the buffers, an all_gather_object, one all_reduce(SUM). Sync: blocks.
+        """
+        source = items if isinstance(items, Items) else Items(items, "items", sharded, max_batches)
+        result = measure(self.streams, self._collective, {split: source}, score or classification())
+        values = _split_values(result, split)
+        self._record_epoch(values)
+        return Figures(values, lambda: values)
+
+    # The guide's face ------------------------------------------------------------------------------------------
+
+    def compute_stream_gradients(self, scaler: torch.amp.GradScaler | None = None) -> Figures:
+        """Each stream's (and `shared`'s) gradient now: `X_grad_norm`, `X_grad_max`, `X_params` (tensors with a
+        gradient), `X_grad_mean`, `X_grad_share`, and for two streams `stream1_to_stream2_ratio`.
+
+        Call it between backward and zero_grad. The figures are yours: they enter `history` by `log_metrics`.
+        Comm: one all_reduce(SUM). Sync: none until a figure is read.
+        """
+        if not any(item.parameter.grad is not None for stream in self.streams.streams for item in stream.parameters):
+            warnings.warn(
+                "no gradients: no parameter has one, so norms are nan; call this after backward() and before "
+                "zero_grad()",
+                stacklevel=2,
+            )
+        pending = self._measure({}, {}, None, scaler)
+        return Figures(stats.step_keys(pending.streams, ()), lambda: pending.read().values())
+
+    def compute_stream_weights(self) -> Figures:
+        """Each stream's weights now: `X_weight_norm`, `X_weight_mean`, `X_weight_element_mean`, and their ratio.
+
+        Biases are left out; see `weights.weight_figures` for what each mean is over.
+        Comm: one all_reduce(SUM). Sync: none until a figure is read.
+        """
+        return weight_figures(self.streams, self._shares, self._collective, self._device)
+
+    def compute_stream_activations(self, *inputs: Any) -> Figures:
+        """Mean and standard deviation of the outputs of each stream's stages for `inputs` (one a stream).
+
+        Runs one forward in eval mode without gradient and leaves no trace.
+        Comm: a broadcast of the buffers, one all_reduce(SUM). Sync: blocks.
+        """
+        values = activation_moments(self.streams, self._collective, inputs)
+        return Figures(values, lambda: values)
+
+    def compute_stream_overfitting_indicators(
+        self,
+        train_loss: Mean,
+        val_loss: Mean,
+        train_acc: Mean,
+        val_acc: Mean,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any],
+        max_batches: int | None = None,
+        train_loader_no_aug: Iterable[Any] | None = None,
+        *,
+        score: Score | None = None,
+        sharded: bool | None = None,
+    ) -> Figures:
+        """Each stream alone on training and validation items, the other streams' features replaced by zeros.
+
+        `X_train_acc`, `X_val_acc`, `X_train_loss`, `X_val_loss`, `X_acc_gap` (train - val), `X_loss_gap` (val - train),
+        `X_overfitting_score` (their sum), `stream1_vs_stream2_overfit_ratio` (nan unless both scores are positive),
+        from three streams on `X_without_val_acc` and its like; the whole model's as `full_...`; and from the four
+        numbers passed (this rank's means, or (sum, weight), or None: the evaluated ones) `full_model_loss_gap` and
+        `full_model_acc_gap`.
+
+        Every item counts once, whatever the number of ranks; `max_batches` None is all of them. Pass
+        `train_loader_no_aug` where `train_loader` augments, or the gap compares two kinds of items.
+
+        Comm: a broadcast of the buffers, an all_gather_object, one all_reduce(SUM). Sync: blocks.
+        """
+        train = train_loader if train_loader_no_aug is None else train_loader_no_aug
+        name = "train_loader" if train_loader_no_aug is None else "train_loader_no_aug"
+        splits = {
+            "train": Items(train, name, sharded, max_batches),
+            "val": Items(val_loader, "val_loader", sharded, max_batches),
+        }
+        numbers = {
+            keys.TRAIN_LOSS: train_loss,
+            keys.VAL_LOSS: val_loss,
+            keys.TRAIN_ACC: train_acc,
+            keys.VAL_ACC: val_acc,
+        }
+        pairs = {
+            key: number if isinstance(number, tuple) else (float(number), 1.0)
+            for key, number in numbers.items()
+            if number is not None
+        }
+        result = measure(self.streams, self._collective, splits, score or classification(), scalars=pairs)
+        values = _overfitting_values(result, self.streams.user_names)
+        return Figures(values, lambda: values)
+
+    def log_metrics(self, epoch: float, metrics: Mapping[str, float]) -> None:
+        """Remember `metrics` as those of `epoch`, and report them with the recommendations of the moment.
+
+        Comm: none, so the numbers should be the same on every rank (those of the methods above are).
+        Errors: ValueError for a value that is no number, before anything is remembered.
+        """
+        values = {}
+        for key, value in metrics.items():
+            try:
+                values[key] = float(value)
+            except (TypeError, ValueError):
+                raise ValueError(f"metric {key!r} must be a number, got {value!r}") from None
+        self.epoch = epoch
+        self.history.append(self._calls, epoch, {keys.EPOCH: float(epoch)})
+        self._record_epoch(values)
+
+    def get_recommendations(self) -> list[Finding]:
+        """What stands now, as sentences with fields (`finding.rule`, `.severity`, `.stream`, `.evidence`, `.action`):
+        the exact findings of the last measured step, then those of the rule set. Equal on every rank. Comm: none."""
+        advice: list[Finding] = []
+        if self.config.rules is RuleSet.guide:
+            advice = guide.recommend(
+                self.history, self.streams.user_names, self._settings(), severity=self.config.rule_severity
+            )
+        return [*self._standing, *advice]
+
+    def get_summary(self) -> str:
+        """A text table of the gradient norms, weight norms and overfitting scores logged so far. Comm: none."""
+        return summary_text(self.history, self.streams.user_names)
+
+    # State and end ---------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Bring every measured step into `history`. Comm: none. Sync: waits for what is under way."""
+        while self._pending:
+            self._arrive(self._pending.popleft())
+
+    def state_dict(self) -> dict[str, Any]:
+        """History, counters and standing findings as plain values (torch.load reads them with `weights_only`);
+        equal on every rank. Waits for what is under way."""
+        self.flush()
+        return {
+            "calls": self._calls,
+            "epoch": self.epoch,
+            "history": self.history.state_dict(),
+            "standing": [finding.to_dict() for finding in self._standing],
+            "findings": {key: finding.to_dict() for key, finding in self._findings.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, with any number of ranks."""
+        self.flush()
+        self._calls, self.epoch = state["calls"], state["epoch"]
+        self.history.load_state_dict(state["history"])
+        self._standing = [Finding.from_dict(finding) for finding in state["standing"]]
+        self._findings = {key: Finding.from_dict(finding) for key, finding in state["findings"].items()}
+
+    def close(self, exit_code: int = 0) -> None:
+        """Bring in what is under way, tell the sinks how it ended, and close them. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.flush()
+        except Exception as error:  # another rank is gone: what arrived is still reported
+            _log.warning("the last steps could not be collected (%s: %s)", type(error).__name__, error)
+        summary = {key: self.history.latest(key) for key in self.history}
+        self._sink.close(Outcome(summary, tuple(self._findings.values()), self.get_summary(), exit_code))
+
+    def __enter__(self) -> StreamMonitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(exit_code=0 if kind is None else 1)
+
+    # torch's Join: a rank that ran out of data shadows the others' collectives -----------------------------------
+
+    def join_hook(self, **_: Any) -> JoinHook:
+        """For `Join([ddp_model, monitor])`: sends an empty packet for each step of the ranks still training."""
+        return _Shadow(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """The model's device."""
+        return self._device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The group over which figures are summed."""
+        return self._collective.group or dist.group.WORLD
+
+    # Wiring ----------------------------------------------------------------------------------------------------
+
+    def _agree(self, numbers: Mapping[str, ScalarLike | None]) -> dict[str, bool]:
+        """The user's numbers that any rank names, and whether each is added up. Comm: one all_gather_object."""
+        own = {name: value is not None and stats.is_total(value) for name, value in numbers.items()}
+        sent = {name for name, value in numbers.items() if value is not None}
+        declared = {name for name in numbers if name not in ("loss", "samples")} | sent
+        identity = (self.streams.names, self.config.every, self.config.delay, self._calls)
+        everyone = self._collective.gather((identity, {name: own[name] for name in sorted(declared)}))
+        for rank, (other, _) in enumerate(everyone):
+            if other != everyone[0][0]:
+                raise ValueError(
+                    f"ranks 0 and {rank} disagree about (streams, every, delay, calls so far): {everyone[0][0]} and "
+                    f"{other}; build the monitor alike, and load the same state, on every rank"
+                )
+        names = sorted({name for _, mine in everyone for name in mine})
+        return {name: any(mine.get(name, False) for _, mine in everyone) for name in names}
+
+    def _measure(
+        self,
+        scalars: Mapping[str, bool],
+        numbers: Mapping[str, ScalarLike | None],
+        samples: float | Tensor | None,
+        scaler: torch.amp.GradScaler | None,
+        *,
+        shadow: bool = False,
+    ) -> _Pending:
+        """Statistics, pack, and the start of the one all_reduce."""
+        names = self.streams.names
+        layout = stats.step_layout(names, tuple(scalars), self._collective.topology.world_size)
+        device = self._collective.device_for(self._device)
+        if shadow:
+            packet = layout.zeros(device)
+        else:
+            # Under Join another rank may have stopped: it holds no gradients, so its share would be missing.
+            read = self._full_shares if self._join_config.enable else self._shares
+            table = moments(read, len(names), lambda parameter: parameter.grad, self._device)
+            scaled = scaler is not None and scaler.is_enabled()
+            if scaler is not None and scaled:
+                table = stats.unscale(table, self._inverse_scale(scaler))
+            cells, bad = stats.scalar_cells(tuple(scalars), _given(numbers), samples, self._device)
+            fields = stats.step_fields(table, cells, bad, epoch=self.epoch, scaled=scaled)
+            packet = layout.pack(fields, self._collective.topology.rank, self._device).to(device)
+        return _Pending(self._calls, layout, names, scalars, self._collective.all_reduce(packet), shadow)
+
+    def _inverse_scale(self, scaler: torch.amp.GradScaler) -> float | Tensor:
+        """1 / the loss scale, on its device; 1 where the scaler has unscaled these gradients already.
+
+        `GradScaler.get_scale()` would wait for the device, and the stage is not public: torch/amp/grad_scaler.py.
+        """
+        known = {id(optimizer) for optimizer in self._optimizers}
+        states = scaler._per_optimizer_states.items()
+        stages = [state["stage"].name for optimizer, state in states if optimizer in known or not known]
+        scale = scaler._scale
+        if scale is None or any(stage != "READY" for stage in stages):
+            return 1.0
+        return scale.double().reciprocal()
+
+    def _arrive(self, pending: _Pending) -> None:
+        """A measured step enters History and the sinks."""
+        step = pending.read()
+        if pending.shadow:
+            self.epoch = step.epoch
+        values = step.values()
+        self.history.append(step.step, step.epoch, values)
+        frozen = frozenset(
+            stream.name
+            for stream in self.streams.streams
+            if not any(item.parameter.requires_grad for item in stream.parameters)
+        )
+        self._standing = exact.check(step, frozen)
+        self._remember(self._standing)
+        self._sink.write(Report("step", step.step, step.epoch, values, tuple(self._standing)))
+
+    def _record_epoch(self, values: Mapping[str, float]) -> None:
+        self.flush()
+        self.history.append(self._calls, self.epoch, values)
+        findings = self.get_recommendations()
+        self._remember(findings)
+        self._sink.write(Report("epoch", self._calls, self.epoch, values, tuple(findings)))
+
+    def _remember(self, findings: Iterable[Finding]) -> None:
+        """Keep the latest finding of each rule, stream and rank for the outcome."""
+        for finding in findings:
+            self._findings[f"{finding.rule}/{finding.stream}/{finding.rank}"] = finding
+
+    def _settings(self) -> dict[str, StreamSettings]:
+        """Each stream's learning rate and weight decay, from the first group that holds any of its tensors.
+
+        Where a scheduler is at work the rate is the base rate, which is what a user sets; 0 stays 0 (frozen).
+        """
+        settings = {}
+        for stream in self.streams.streams:
+            wanted = {id(item.parameter) for item in stream.parameters}
+            for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
+                if any(id(parameter) in wanted for parameter in group["params"]):
+                    lr = float(group.get("lr", math.nan))
+                    base = float(group.get("initial_lr", lr)) if lr else 0.0
+                    settings[stream.name] = StreamSettings(base, float(group.get("weight_decay", math.nan)))
+                    break
+        return settings
+
+    def _shadow_step(self) -> None:
+        """What a step of a rank without data looks like to the others: the same collectives, nothing in them."""
+        if self._scalars is None:
+            self._scalars = self._agree({})
+        self._calls += 1
+        if (self._calls - 1) % self.config.every == 0:
+            self._pending.append(self._measure(self._scalars, {}, None, None, shadow=True))
+        while self._pending and self._pending[0].call + self.config.delay <= self._calls:
+            self._arrive(self._pending.popleft())
+
+
+class _Shadow(JoinHook):
+    def __init__(self, monitor: StreamMonitor) -> None:
+        self._monitor = monitor
+
+    def main_hook(self) -> None:
+        self._monitor._shadow_step()
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        """All ranks are done: what is under way arrives on all of them, before a rank knows of another epoch."""
+        self._monitor.flush()
+
+
+def _given(numbers: Mapping[str, ScalarLike | None]) -> dict[str, ScalarLike]:
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+_FIGURE_NAMES = {"correct": "acc"}
+"""A mean of `correct` is an accuracy."""
+
+
+def _split_values(result: EvalStats, split: str) -> dict[str, float]:
+    """`{"full": {"loss": 1.2}, "rgb": ...}` of a split as `full_val_loss`, `rgb_val_loss`, `rgb_without_val_loss`."""
+    values = {}
+    for variant, figures in result.figures[split].items():
+        without = variant.startswith(keys.WITHOUT)
+        stream = variant.removeprefix(keys.WITHOUT)
+        for figure, value in figures.items():
+            name = f"{split}_{_FIGURE_NAMES.get(figure, figure)}"
+            values[keys.of_stream(stream, keys.WITHOUT + name if without else name)] = value
+    return values
+
+
+def _overfitting_values(result: EvalStats, names: Sequence[str]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for split in ("train", "val"):
+        values |= _split_values(result, split)
+    for figure in keys.SPLIT_FIGURES:
+        values[figure] = result.scalars.get(figure, values.get(keys.of_stream(keys.FULL, figure), math.nan))
+    for name in (keys.FULL, *names):
+        split_figures = (values.get(keys.of_stream(name, of), math.nan) for of in keys.SPLIT_FIGURES)
+        train_acc, val_acc, train_loss, val_loss = split_figures
+        acc_gap, loss_gap = train_acc - val_acc, val_loss - train_loss
+        values[keys.of_stream(name, keys.ACC_GAP)] = acc_gap
+        values[keys.of_stream(name, keys.LOSS_GAP)] = loss_gap
+        score = loss_gap if math.isnan(acc_gap) else acc_gap + loss_gap  # no accuracy: a regression, say
+        values[keys.of_stream(name, keys.OVERFITTING_SCORE)] = score
+    for a, b in keys.pairs(names):
+        scores = [values[keys.of_stream(name, keys.OVERFITTING_SCORE)] for name in (a, b)]
+        values[keys.overfit_ratio(a, b)] = stats.ratio(*scores) if min(scores) > 0 else math.nan
+    values[keys.FULL_MODEL_LOSS_GAP] = values[keys.VAL_LOSS] - values[keys.TRAIN_LOSS]
+    values[keys.FULL_MODEL_ACC_GAP] = values[keys.TRAIN_ACC] - values[keys.VAL_ACC]
+    return values
+
+
+def watch(
+    model: nn.Module,
+    optimizer: Optimizers = None,
+    streams: Mapping[str, StreamLike] | None = None,
+    *,
+    config: MonitorConfig | None = None,
+    sinks: Iterable[Sink] | None = None,
+    group: dist.ProcessGroup | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> StreamMonitor:
+    """A `StreamMonitor`, whose streams are printed on rank 0.
+
+    An active W&B run is logged into, unless `sinks` are given.
+    """
+    if sinks is None:
+        sinks = [WandbSink()] if active_wandb_run() is not None else []
+    monitor = StreamMonitor(model, optimizer, streams, config=config, sinks=sinks, group=group, run=run)
+    if monitor._collective.topology.rank == 0:
+        print(monitor.inventory(), flush=True)
+    return monitor
