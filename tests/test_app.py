@@ -1,0 +1,182 @@
+"""The application as a user starts it: torchrun, overrides, errors, another model, another folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddp_streammon import keys
+from ddp_streammon.sinks import read_jsonl
+from tests.read_wandb import read_run
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ("model.hidden=[32,16]", "trainer.epochs=2")
+
+
+def start(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in `folder` with the checkout importable, and wait for it."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=variables, capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def torchrun(*overrides: str, folder: Path, ranks: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+    return start(*launcher, "-m", "ddp_streammon.train", *overrides, folder=folder, **environment)
+
+
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The run directory and the output of a small main job with all sinks."""
+    folder = tmp_path_factory.mktemp("main")
+    done = torchrun(*SMALL, "sinks.wandb.log_every=1", folder=folder, STREAMMON_RUN="demo")
+    assert done.returncode == 0, done.stderr
+    return folder / "outputs" / "demo", done.stdout
+
+
+def test_the_last_lines_say_where_to_look(main_job: tuple[Path, str]) -> None:
+    run_dir, output = main_job
+    last = output[output.index("Done: ") :]
+    assert "full_test_acc 0." in last
+    assert "Recommendations:\n  " in last
+    assert f"run directory  {run_dir}\n" in last
+    assert f"JSONL file     {run_dir}/metrics.jsonl\n" in last
+    assert f"W&B run        {run_dir}/wandb/offline-run-" in last
+    assert f"wandb sync {run_dir}/wandb/offline-run-" in last
+
+
+def test_the_streams_are_listed_at_the_start_and_tabled_each_epoch(main_job: tuple[Path, str]) -> None:
+    _, output = main_job
+    assert "stream  tensors  parameters  trainable  lr     weight decay  dtype" in output
+    assert output.count("overfitting_score") == 2
+    assert "Stream Monitoring Summary" in output
+
+
+def test_all_ranks_share_one_run_directory(main_job: tuple[Path, str]) -> None:
+    run_dir, _ = main_job
+    assert [path.name for path in run_dir.parent.iterdir()] == ["demo"]
+    assert sorted(path.name for path in (run_dir / ".hydra").iterdir()) == ["rank0", "rank1"]
+    assert {"rank0.log", "rank1.log", "checkpoint.pt", "metrics.jsonl"} <= {path.name for path in run_dir.iterdir()}
+
+
+def test_every_step_is_in_the_jsonl_file(main_job: tuple[Path, str]) -> None:
+    records = read_jsonl(main_job[0] / "metrics.jsonl")
+    assert [record["type"] for record in records].count("epoch") == 2
+    steps = [record for record in records if record["type"] == "step"]
+    assert [record["step"] for record in steps] == list(range(1, 9))  # 1,200 items, 2 ranks of 128: 4 steps an epoch
+    assert all(record["values"]["samples"] == 256 for record in steps)
+    assert all(0 < record["values"]["fou_grad_norm"] < 100 for record in steps)
+    assert records[-1]["type"] == "outcome"
+
+
+def test_the_wandb_file_holds_what_the_jsonl_file_holds(main_job: tuple[Path, str]) -> None:
+    run_dir, _ = main_job
+    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    run = read_run(file)
+    records = [record for record in read_jsonl(run_dir / "metrics.jsonl") if record["type"] in ("step", "epoch")]
+    rows = [row for row in run.history if "trainer/step" in row]
+    assert len(rows) == len(records)
+    for row, record in zip(rows, records, strict=True):
+        assert row["trainer/step"] == record["step"]
+        for key, value in record["values"].items():
+            if key != keys.EPOCH:
+                logged = row[keys.grouped(key, ("fou", "kar"))]
+                assert logged == value or (math.isnan(logged) and math.isnan(value)), key
+    assert run.config["optim"]["lr"] == 1e-3
+    assert run.config["world_size"] == 2
+
+
+def test_an_unknown_key_ends_the_job_before_a_process_group_starts(tmp_path: Path) -> None:
+    done = start("-m", "ddp_streammon.train", "trainer.epoch=3", folder=tmp_path)
+    assert done.returncode == 1
+    assert "unknown key 'trainer.epoch': trainer has epochs, batch_size" in done.stderr
+    assert "nearest: epochs" in done.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_wrong_value_ends_the_job_with_one_line(tmp_path: Path) -> None:
+    done = start("-m", "ddp_streammon.train", "trainer.epochs=0", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("configuration error: trainer.epochs must be at least 1, got 0")
+    assert "Traceback" not in done.stderr
+
+
+def test_multirun_under_torchrun_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    done = torchrun("--multirun", "optim.lr=1e-3,1e-4", folder=tmp_path)
+    assert done.returncode != 0
+    assert "--multirun cannot run under torchrun" in done.stderr
+    assert "for lr in 1e-3 3e-4; do torchrun" in done.stderr
+
+
+OWN = """
+    import torch
+    from torch import nn
+    from torch.utils.data import TensorDataset
+    from ddp_streammon.train.data import StreamData
+
+    class Net(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.rgb_tower, self.depth_tower = nn.Linear(6, width), nn.Linear(4, width)
+            self.head = nn.Linear(2 * width, 3)
+
+        def forward(self, rgb, depth):
+            return self.head(torch.cat([self.rgb_tower(rgb), self.depth_tower(depth)], 1).relu())
+
+    def data(items):
+        generator = torch.Generator().manual_seed(0)
+        tensors = [torch.randn(items, size, generator=generator) for size in (6, 4)]
+        part = TensorDataset(*tensors, torch.randint(0, 3, (items,), generator=generator))
+        return StreamData(part, part, None, {"rgb": (6,), "depth": (4,)}, 3, part)
+"""
+
+
+def test_a_users_own_model_and_data_are_a_target(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(textwrap.dedent(OWN))
+    experiment = """
+        # @package _global_
+        model: {_target_: own.Net, width: 8}
+        data: {_target_: own.data, items: 90}
+        streams:
+          rgb: {patterns: [rgb_tower]}
+          depth: {patterns: [depth_tower]}
+        optim: {streams: {rgb: {lr: 1e-2, weight_decay: null}, depth: {lr: null, weight_decay: null}}}
+        trainer: {epochs: 1, batch_size: 16}
+    """
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "own.yaml").write_text(textwrap.dedent(experiment))
+    arguments = ("--config-dir", "conf", "experiment=own", "data=none", "model=none", "streams=none")
+    done = torchrun(*arguments, folder=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}", STREAMMON_RUN="own")
+    assert done.returncode == 0, done.stderr
+    records = read_jsonl(tmp_path / "outputs" / "own" / "metrics.jsonl")
+    epoch = next(record["values"] for record in records if record["type"] == "epoch")
+    assert epoch["rgb_lr"] == pytest.approx(1e-2)
+    assert {"rgb_val_acc", "depth_val_acc", "rgb_vs_depth_overfit_ratio"} <= set(epoch)
+    saved = torch.load(tmp_path / "outputs" / "own" / "checkpoint.pt", weights_only=True)
+    assert "rgb_tower.weight" in saved["model"]
+
+
+def test_the_wheel_runs_from_any_folder(tmp_path: Path) -> None:
+    build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT))
+    built = start(*build, folder=tmp_path)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    site = tmp_path / "site"
+    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel))
+    assert start(*install, folder=tmp_path).returncode == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = torchrun(*SMALL, "sinks.wandb.enabled=false", folder=elsewhere, PYTHONPATH=str(site), STREAMMON_RUN="w")
+    assert done.returncode == 0, done.stderr
+    assert (elsewhere / "outputs" / "w" / "metrics.jsonl").is_file()
+    where = start("-c", "import ddp_streammon; print(ddp_streammon.__file__)", folder=elsewhere, PYTHONPATH=str(site))
+    assert where.stdout.startswith(str(site))
+    assert (site / "ddp_streammon" / "py.typed").is_file()

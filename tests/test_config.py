@@ -1,0 +1,133 @@
+"""The configuration: what is valid, and what is said of the rest."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hydra.errors import HydraException
+
+from ddp_streammon.config import MonitorConfig, RuleSet, Severity
+from ddp_streammon.train.__main__ import composed, conf_dir, data_and_model, explain
+from ddp_streammon.train.config import ConfigError, load, monitor_config
+
+EXPERIMENTS = sorted(path.stem for path in Path(conf_dir(), "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_every_shipped_key_is_known(experiment: str) -> None:
+    config = load(composed([f"experiment={experiment}"]))
+    assert set(config.optim.streams) == {*config.streams, "shared"}
+
+
+def test_the_default_experiment_is_two_views_of_the_digits() -> None:
+    config = load(composed([]))
+    assert list(config.streams) == ["fou", "kar"]
+    assert config.monitor.enabled
+    assert config.sinks.wandb.mode == "offline"
+    assert monitor_config(config) == MonitorConfig(rules=RuleSet.guide, rule_severity=Severity.info)
+
+
+def test_streams_are_addressed_by_the_users_names() -> None:
+    config = load(composed(["optim.streams.fou.lr=5e-4", "streams.kar.patience=3", "optim.streams.shared.lr=1e-5"]))
+    assert config.optim.streams["fou"].lr == 5e-4
+    assert config.optim.streams["kar"].lr is None
+    assert config.streams["kar"].patience == 3
+    assert config.optim.streams["shared"].lr == 1e-5
+
+
+def test_a_stream_is_added_on_the_command_line() -> None:
+    config = load(composed(["+streams.zer={}", "+optim.streams.zer.lr=1e-4"]))
+    assert list(config.streams) == ["fou", "kar", "zer"]
+    assert config.optim.streams["zer"].lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("trainer.epochs=0", "trainer.epochs must be at least 1, got 0"),
+        ("trainer.batch_size=0", "trainer.batch_size must be at least 1, got 0"),
+        ("trainer.clip_norm=-1", "trainer.clip_norm must be positive"),
+        ("trainer.resume=/no/such.pt", "there is no file '/no/such.pt'; give the path of a checkpoint.pt"),
+        ("monitor.every=0", "monitor.every must be at least 1, got 0"),
+        ("monitor.delay=-1", "monitor.delay must be an integer of at least 0, got -1"),
+        ("optim.lr=-1", "lr must be finite and not negative, got -1"),
+        ("optim.betas=[0.9]", r"optim.betas must be two numbers in \[0, 1\), got \[0.9\]"),
+        ("optim.floor=2", r"floor must be in \[0, 1\], got 2"),
+        ("streams.fou.patience=0", "streams.fou: patience must be at least 1, got 0"),
+        ("+streams.fou.lr=1", "streams.fou.lr: no such key; valid keys: patterns, frozen, patience, min_delta"),
+        ("optim.streams.fou.lr=x", "optim.streams.fou: Value 'x' of type 'str' could not be converted to Float"),
+        ("+optim.streams.rgb.lr=1", "optim.streams.rgb: there is no such stream; streams: fou, kar, shared"),
+        ("optim.streams.fou=3", "optim.streams.fou must be a mapping with lr, weight_decay, got 3"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence(override: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        load(composed([override]))
+
+
+def test_a_configuration_without_streams_is_refused() -> None:
+    with pytest.raises(ConfigError, match="streams is empty: name at least one"):
+        load(composed(["~streams.fou", "~streams.kar", "data.streams=[fou]"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("trainer.epoch=3", "trainer has epochs, batch_size, .*; nearest: epochs"),
+        ("optim.streams.fuo.lr=1", "optim.streams has fou, kar, shared; nearest: fou"),
+        ("monitor.evry=2", "nearest: every"),
+        ("sinks.wandb.mod=online", "sinks.wandb has enabled, mode, .*; nearest: mode"),
+        ("trainr.epochs=2", "the configuration has data, model, streams, optim, .*; nearest: trainer"),
+    ],
+)
+def test_an_unknown_key_is_refused_and_the_valid_ones_are_named(override: str, text: str) -> None:
+    with pytest.raises(HydraException):
+        composed([override])
+    explanation = explain(["experiment=mfeat_two", override, "trainer.seed=1"])
+    assert explanation.startswith(f"unknown key {override.split('=')[0]!r}: ")
+    assert re.search(text, explanation)
+    assert explanation.endswith(f"write +{override}")
+
+
+def test_known_keys_groups_and_additions_need_no_explanation() -> None:
+    assert explain(["experiment=mfeat_six", "optim=sgd", "optim.lr=x", "+streams.a={}", "hydra.run.dir=x", "-m"]) == ""
+
+
+def test_data_and_streams_that_do_not_fit_are_refused() -> None:
+    config = composed(["data=synthetic"])
+    with pytest.raises(ConfigError, match="the data have the streams stream1, stream2, the configuration fou, kar"):
+        data_and_model(config, load(config))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["data.train=5000"], r"data \(ddp_streammon.train.data.mfeat\): ValueError: sizes must be"),
+        (["model.fusion_type=sum"], "fusion_type must be one of concat, weighted, gated, got 'sum'"),
+        (["data._target_=ddp_streammon.train.data.nothing"], "data .*nothing.*"),
+        (["model._target_=collections.Counter"], "model._target_ must give an nn.Module, got Counter"),
+        (["~model._target_"], "model._target_ is missing: give the dotted path of a function"),
+    ],
+)
+def test_what_a_target_raises_is_told_with_its_place(overrides: list[str], text: str) -> None:
+    config = composed(overrides)
+    with pytest.raises(ConfigError, match=text):
+        data_and_model(config, load(config))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("every", 0, "monitor.every must be an integer of at least 1, got 0"),
+        ("delay", -1, "monitor.delay must be an integer of at least 0, got -1"),
+        ("delay", 1.5, "monitor.delay must be an integer of at least 0, got 1.5"),
+        ("history_limit", 0, "monitor.history_limit must be an integer of at least 1, got 0"),
+        ("rules", "best", "monitor.rules must be one of guide, off, got 'best'"),
+        ("rule_severity", "loud", "monitor.rule_severity must be one of info, warning, error, got 'loud'"),
+    ],
+)
+def test_the_monitors_own_configuration_is_checked(field: str, value: object, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        MonitorConfig(**{field: value})  # type: ignore[arg-type]

@@ -1,0 +1,80 @@
+"""The README's snippets and commands are run, so that they stay true."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ddp_streammon.keys import GRAD_FIGURES, OVERFIT_FIGURES, WEIGHT_FIGURES
+from ddp_streammon.train.__main__ import conf_dir
+from tests.test_app import ROOT, start
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.S) for language in ("bash", "python")}
+COMMANDS = [line.split("#")[0].strip() for block in BLOCKS["bash"] for line in block.splitlines() if line]
+SMALL = "model.hidden=[16,8] trainer.epochs=1 sinks.wandb.enabled=false"
+
+
+class Net(nn.Module):
+    """Two streams of vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream1, self.stream2, self.fc = nn.Linear(4, 8), nn.Linear(3, 8), nn.Linear(16, 5)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.cat([self.stream1(a), self.stream2(b)], dim=1))
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS["python"])))
+def test_a_python_snippet_runs(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    tensors = (torch.randn(20, 4), torch.randn(20, 3), torch.randint(0, 5, (20,)))
+    model = Net()
+    nn.functional.cross_entropy(model(*tensors[:2]), tensors[2]).backward()
+    loader = DataLoader(TensorDataset(*tensors), batch_size=5)
+    names = {
+        "torch": torch,
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+        "loader": [((a, b), y) for a, b, y in loader],
+        "train_loader": loader,
+        "val_loader": loader,
+    }
+    if number > 0:
+        exec(BLOCKS["python"][0].splitlines()[0], names)  # the import is in the first snippet
+    exec(BLOCKS["python"][number], names)
+    assert "Gradient ratio" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "ddp_streammon.train" in command])
+def test_a_command_of_the_application_runs(command: str, tmp_path: Path) -> None:
+    launcher, *arguments = shlex.split(command)
+    module = ["-m", "torch.distributed.run"] if launcher == "torchrun" else []
+    done = start(*module, *arguments, *SMALL.split(), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ("Where to look:" if module else "fusion_type: concat") in done.stdout
+
+
+def test_the_other_commands_are_scripts_that_ci_or_a_test_runs() -> None:
+    others = [command for command in COMMANDS if "ddp_streammon.train" not in command]
+    assert others == ["bash launch/demo.sh", "bash launch/test.sh"]
+    assert "launch/test.sh" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_script_and_option_that_the_text_names_exists() -> None:
+    for path in re.findall(r"(?:launch|tests)/[\w/.]+\.(?:sh|py|png)", README):
+        assert (ROOT / path).is_file(), path
+    for group, name in re.findall(r"\b(experiment|data|streams|sinks|optim|rules)=(\w+)", README):
+        assert Path(conf_dir(), group, f"{name}.yaml").is_file() or name == "none", (group, name)
+
+
+def test_the_table_names_every_figure_of_a_stream() -> None:
+    for figure in (*GRAD_FIGURES, *WEIGHT_FIGURES, *OVERFIT_FIGURES):
+        assert f"`X_{figure}`" in README, figure
