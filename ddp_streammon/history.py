@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ddp_streammon import keys
@@ -18,6 +18,10 @@ class Entry(NamedTuple):
     value: float
 
 
+_FOLD = 256
+"""Rows kept aside before they are sorted into columns: one pass over all keys' memory for so many steps."""
+
+
 class _Series:
     """Steps, epochs and values of one key: 24 bytes an entry, trimmed from the front."""
 
@@ -28,11 +32,10 @@ class _Series:
         self.epochs = array("d")
         self.values = array("d")
 
-    def append(self, step: int, epoch: float | None, value: float, limit: int) -> None:
-        new = array("q", [step]), array("d", [math.nan if epoch is None else epoch]), array("d", [value])
-        self.steps.extend(new[0])  # only now: what is no number has raised, and the columns stay equally long
-        self.epochs.extend(new[1])
-        self.values.extend(new[2])
+    def extend(self, steps: Sequence[int], epochs: Sequence[float], values: Sequence[float], limit: int) -> None:
+        self.steps.extend(steps)
+        self.epochs.extend(epochs)
+        self.values.extend(values)
         if len(self.values) > limit + limit // 8:  # trimmed in blocks: one move for many appends
             for column in (self.steps, self.epochs, self.values):
                 del column[:-limit]
@@ -54,49 +57,64 @@ class History:
         if limit < 1:
             raise ValueError(f"history limit must be at least 1, got {limit}")
         self.limit = limit
-        self._series: dict[str, _Series] = {}
+        self._columns: dict[str, _Series] = {}
+        self._rows: list[tuple[int, float, dict[str, float]]] = []
 
     def append(self, step: int, epoch: float | None, values: Mapping[str, float]) -> None:
-        """Remember `values` as true at `step`."""
-        for key, value in values.items():
-            series = self._series.get(key)
-            if series is None:
-                series = self._series[key] = _Series()
-            series.append(step, epoch, value, self.limit)
+        """Remember `values` as true at `step`. TypeError or ValueError for what is no number, before anything is."""
+        row = {key: float(value) for key, value in values.items()}
+        self._rows.append((int(step), math.nan if epoch is None else float(epoch), row))
+        if len(self._rows) >= _FOLD:
+            self._fold()
+
+    def _fold(self) -> dict[str, _Series]:
+        """Sort the rows kept aside into the columns, which are then complete."""
+        if self._rows:
+            new: dict[str, tuple[list[int], list[float], list[float]]] = {}
+            for step, epoch, row in self._rows:
+                for key, value in row.items():
+                    steps, epochs, values = new.setdefault(key, ([], [], []))
+                    steps.append(step)
+                    epochs.append(epoch)
+                    values.append(value)
+            for key, columns in new.items():
+                self._columns.setdefault(key, _Series()).extend(*columns, self.limit)
+            self._rows.clear()
+        return self._columns
 
     def __getitem__(self, key: str) -> list[float]:
-        series = self._series.get(key)
+        series = self._fold().get(key)
         return [] if series is None else series.values[-self.limit :].tolist()
 
     def __contains__(self, key: object) -> bool:
-        return key in self._series
+        return key in self._fold()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._series)
+        return iter(self._fold())
 
     def __len__(self) -> int:
-        return len(self._series)
+        return len(self._fold())
 
     def keys(self) -> list[str]:
         """Every key that has a value."""
-        return list(self._series)
+        return list(self._fold())
 
     def series(self, key: str) -> list[Entry]:
         """The entries of `key`, oldest first. KeyError with the nearest keys where there is none."""
-        series = self._series.get(key)
+        series = self._fold().get(key)
         if series is None:
-            near = ", ".join(keys.nearest(key, self._series)) or "none: nothing was logged yet"
+            near = ", ".join(keys.nearest(key, self._columns)) or "none: nothing was logged yet"
             raise KeyError(f"no value was logged under {key!r}; nearest keys: {near}")
         return series.tail(self.limit)
 
     def tail(self, key: str, count: int) -> list[Entry]:
         """The last `count` entries of `key`, oldest first; empty where there is none. Copies only these."""
-        series = self._series.get(key)
+        series = self._fold().get(key)
         return [] if series is None else series.tail(min(count, self.limit))
 
     def latest(self, key: str) -> float:
         """The last value of `key`; nan where there is none."""
-        series = self._series.get(key)
+        series = self._fold().get(key)
         return math.nan if series is None else series.values[-1]
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,15 +127,13 @@ class History:
                     "epochs": series.epochs[-self.limit :].tolist(),
                     "values": series.values[-self.limit :].tolist(),
                 }
-                for key, series in self._series.items()
+                for key, series in self._fold().items()
             },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace everything by `state`; keeps this History's own limit."""
-        self._series = {}
+        self._columns, self._rows = {}, []
         for key, columns in state["series"].items():
-            series = self._series[key] = _Series()
-            series.steps.extend(columns["steps"][-self.limit :])
-            series.epochs.extend(columns["epochs"][-self.limit :])
-            series.values.extend(columns["values"][-self.limit :])
+            self._columns[key] = _Series()
+            self._columns[key].extend(columns["steps"], columns["epochs"], columns["values"], self.limit)

@@ -39,14 +39,29 @@ Mean = float | tuple[float, float] | None
 """A rank's mean, or its (sum, weight); None: the whole model's, from the evaluation at hand."""
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a measurement's packet holds; fixed, so worked out once."""
+
+    streams: tuple[str, ...]
+    scalars: Mapping[str, bool]
+    """The user's numbers, and whether each is added up."""
+    layout: Layout
+    names: tuple[str, ...]
+    """The keys of its figures."""
+
+    @classmethod
+    def of(cls, streams: tuple[str, ...], scalars: Mapping[str, bool], world_size: int) -> _Plan:
+        layout = stats.step_layout(streams, tuple(scalars), world_size)
+        return cls(streams, scalars, layout, stats.step_keys(streams, scalars))
+
+
 @dataclass
 class _Pending:
     """A measured step whose sum over ranks is under way."""
 
     call: int
-    layout: Layout
-    streams: tuple[str, ...]
-    scalars: Mapping[str, bool]
+    plan: _Plan
     reduction: Reduction
     shadow: bool
     result: StepStats | None = None
@@ -54,9 +69,12 @@ class _Pending:
     def read(self) -> StepStats:
         """The step's figures; waits for the collective the first time."""
         if self.result is None:
-            sums = self.layout.unpack(self.reduction.wait())
-            self.result = stats.step_stats(sums, self.streams, self.scalars, self.call)
+            sums = self.plan.layout.unpack(self.reduction.wait())
+            self.result = stats.step_stats(sums, self.plan.streams, self.plan.scalars, self.call)
         return self.result
+
+    def figures(self) -> Figures:
+        return Figures(self.plan.names, lambda: self.read().values())
 
 
 class StreamMonitor(Joinable):
@@ -70,7 +88,8 @@ class StreamMonitor(Joinable):
     all ranks or by none. Works the same without a process group. It draws no random number and changes neither
     weights nor gradients nor modes.
 
-    `streams`: see `StreamSet.resolve`. `sinks` are used on rank 0 only. `run` describes the run to them.
+    `streams`: see `StreamSet.resolve`. `sinks` are used on rank 0 only; `name` and `run` (its configuration) describe
+    the run to them. Building it is one all_gather_object, which tells every rank of a sink that cannot be opened.
     """
 
     def __init__(
@@ -82,6 +101,7 @@ class StreamMonitor(Joinable):
         config: MonitorConfig | None = None,
         sinks: Iterable[Sink] = (),
         group: dist.ProcessGroup | None = None,
+        name: str | None = None,
         run: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -99,14 +119,28 @@ class StreamMonitor(Joinable):
         self._full_shares = full_shares(self.streams, self._collective.topology)
         self._device = next(self.streams.model.parameters()).device
         self._calls = 0
-        self._scalars: dict[str, bool] | None = None
+        self._plan: _Plan | None = None
+        self._gradient_plan = _Plan.of(self.streams.names, {}, self._collective.topology.world_size)
         self._pending: deque[_Pending] = deque()
         self._standing: list[Finding] = []
         self._findings: dict[str, Finding] = {}
         self._closed = False
         self._sink = FanOut(sinks if self._collective.topology.rank == 0 else ())
         described = {**(run or {}), "monitor": asdict(self.config)}
-        self._sink.open(RunInfo(self.streams.user_names, described, self.inventory()))
+        self._open(RunInfo(self.streams.user_names, described, self.inventory(), name))
+
+    def _open(self, run: RunInfo) -> None:
+        """Open the sinks; what goes wrong on rank 0 is raised on every rank, or the others would wait for it."""
+        failure: Exception | None = None
+        try:
+            self._sink.open(run)
+        except Exception as error:
+            failure = error
+        errors = self._collective.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        if errors[0] is not None:
+            raise RuntimeError(f"a sink could not be opened on rank 0: {errors[0]}")
 
     def inventory(self) -> str:
         """The streams with their tensors, parameters, learning rates and dtypes, as a table."""
@@ -158,21 +192,22 @@ class StreamMonitor(Joinable):
         samples: float | Tensor | None,
         scaler: torch.amp.GradScaler | None,
     ) -> Figures:
-        if self._scalars is None:
-            self._scalars = self._agree(numbers)
+        if self._plan is None:
+            self._plan = self._agree(numbers)
         self._calls += 1
         figures = Figures((), dict)
         if (self._calls - 1) % self.config.every == 0:
-            unknown = [name for name, value in numbers.items() if value is not None and name not in self._scalars]
+            known = self._plan.scalars
+            unknown = [name for name, value in numbers.items() if value is not None and name not in known]
             if unknown:
                 warnings.warn(
                     f"not sent: {', '.join(unknown)}. The packet's names are fixed at the first step "
-                    f"({', '.join(self._scalars) or 'none'}); name it there too, with None if it has no value yet",
+                    f"({', '.join(known) or 'none'}); name it there too, with None if it has no value yet",
                     stacklevel=3,
                 )
-            pending = self._measure(self._scalars, numbers, samples, scaler)
+            pending = self._measure(self._plan, numbers, samples, scaler)
             self._pending.append(pending)
-            figures = Figures(stats.step_keys(pending.streams, pending.scalars), lambda: pending.read().values())
+            figures = pending.figures()
         while self._pending and self._pending[0].call + self.config.delay <= self._calls:
             self._arrive(self._pending.popleft())
         return figures
@@ -216,8 +251,7 @@ class StreamMonitor(Joinable):
                 "zero_grad()",
                 stacklevel=2,
             )
-        pending = self._measure({}, {}, None, scaler)
-        return Figures(stats.step_keys(pending.streams, ()), lambda: pending.read().values())
+        return self._measure(self._gradient_plan, {}, None, scaler).figures()
 
     def compute_stream_weights(self) -> Figures:
         """Each stream's weights now: `X_weight_norm`, `X_weight_mean`, `X_weight_element_mean`, and their ratio.
@@ -379,8 +413,8 @@ class StreamMonitor(Joinable):
 
     # Wiring ----------------------------------------------------------------------------------------------------
 
-    def _agree(self, numbers: Mapping[str, ScalarLike | None]) -> dict[str, bool]:
-        """The user's numbers that any rank names, and whether each is added up. Comm: one all_gather_object."""
+    def _agree(self, numbers: Mapping[str, ScalarLike | None]) -> _Plan:
+        """The plan of every step: the user's numbers that any rank names. Comm: one all_gather_object."""
         own = {name: value is not None and stats.is_total(value) for name, value in numbers.items()}
         sent = {name for name, value in numbers.items() if value is not None}
         declared = {name for name in numbers if name not in ("loss", "samples")} | sent
@@ -393,11 +427,15 @@ class StreamMonitor(Joinable):
                     f"{other}; build the monitor alike, and load the same state, on every rank"
                 )
         names = sorted({name for _, mine in everyone for name in mine})
-        return {name: any(mine.get(name, False) for _, mine in everyone) for name in names}
+        taken = [name for name in names if name in self._gradient_plan.names]
+        if taken:
+            raise ValueError(f"{taken[0]!r} is the key of a figure of the monitor's own; give your number another name")
+        scalars = {name: any(mine.get(name, False) for _, mine in everyone) for name in names}
+        return _Plan.of(self.streams.names, scalars, self._collective.topology.world_size)
 
     def _measure(
         self,
-        scalars: Mapping[str, bool],
+        plan: _Plan,
         numbers: Mapping[str, ScalarLike | None],
         samples: float | Tensor | None,
         scaler: torch.amp.GradScaler | None,
@@ -405,22 +443,20 @@ class StreamMonitor(Joinable):
         shadow: bool = False,
     ) -> _Pending:
         """Statistics, pack, and the start of the one all_reduce."""
-        names = self.streams.names
-        layout = stats.step_layout(names, tuple(scalars), self._collective.topology.world_size)
         device = self._collective.device_for(self._device)
         if shadow:
-            packet = layout.zeros(device)
+            packet = plan.layout.zeros(device)
         else:
             # Under Join another rank may have stopped: it holds no gradients, so its share would be missing.
             read = self._full_shares if self._join_config.enable else self._shares
-            table = moments(read, len(names), lambda parameter: parameter.grad, self._device)
+            table = moments(read, len(plan.streams), lambda parameter: parameter.grad, self._device)
             scaled = scaler is not None and scaler.is_enabled()
             if scaler is not None and scaled:
                 table = stats.unscale(table, self._inverse_scale(scaler))
-            cells, bad = stats.scalar_cells(tuple(scalars), _given(numbers), samples, self._device)
+            cells, bad = stats.scalar_cells(tuple(plan.scalars), numbers, samples, self._device)
             fields = stats.step_fields(table, cells, bad, epoch=self.epoch, scaled=scaled)
-            packet = layout.pack(fields, self._collective.topology.rank, self._device).to(device)
-        return _Pending(self._calls, layout, names, scalars, self._collective.all_reduce(packet), shadow)
+            packet = plan.layout.pack(fields, self._collective.topology.rank, self._device).to(device)
+        return _Pending(self._calls, plan, self._collective.all_reduce(packet), shadow)
 
     def _inverse_scale(self, scaler: torch.amp.GradScaler) -> float | Tensor:
         """1 / the loss scale, on its device; 1 where the scaler has unscaled these gradients already.
@@ -442,11 +478,8 @@ class StreamMonitor(Joinable):
             self.epoch = step.epoch
         values = step.values()
         self.history.append(step.step, step.epoch, values)
-        frozen = frozenset(
-            stream.name
-            for stream in self.streams.streams
-            if not any(item.parameter.requires_grad for item in stream.parameters)
-        )
+        without = [name for name, stream in step.streams.items() if not stream.elements]
+        frozen = [n for n in without if not any(p.parameter.requires_grad for p in self.streams[n].parameters)]
         self._standing = exact.check(step, frozen)
         self._remember(self._standing)
         self._sink.write(Report("step", step.step, step.epoch, values, tuple(self._standing)))
@@ -481,11 +514,11 @@ class StreamMonitor(Joinable):
 
     def _shadow_step(self) -> None:
         """What a step of a rank without data looks like to the others: the same collectives, nothing in them."""
-        if self._scalars is None:
-            self._scalars = self._agree({})
+        if self._plan is None:
+            self._plan = self._agree({})
         self._calls += 1
         if (self._calls - 1) % self.config.every == 0:
-            self._pending.append(self._measure(self._scalars, {}, None, None, shadow=True))
+            self._pending.append(self._measure(self._plan, {}, None, None, shadow=True))
         while self._pending and self._pending[0].call + self.config.delay <= self._calls:
             self._arrive(self._pending.popleft())
 
@@ -500,10 +533,6 @@ class _Shadow(JoinHook):
     def post_hook(self, is_last_joiner: bool) -> None:
         """All ranks are done: what is under way arrives on all of them, before a rank knows of another epoch."""
         self._monitor.flush()
-
-
-def _given(numbers: Mapping[str, ScalarLike | None]) -> dict[str, ScalarLike]:
-    return {name: value for name, value in numbers.items() if value is not None}
 
 
 _FIGURE_NAMES = {"correct": "acc"}
@@ -552,6 +581,7 @@ def watch(
     config: MonitorConfig | None = None,
     sinks: Iterable[Sink] | None = None,
     group: dist.ProcessGroup | None = None,
+    name: str | None = None,
     run: Mapping[str, Any] | None = None,
 ) -> StreamMonitor:
     """A `StreamMonitor`, whose streams are printed on rank 0.
@@ -560,7 +590,7 @@ def watch(
     """
     if sinks is None:
         sinks = [WandbSink()] if active_wandb_run() is not None else []
-    monitor = StreamMonitor(model, optimizer, streams, config=config, sinks=sinks, group=group, run=run)
+    monitor = StreamMonitor(model, optimizer, streams, config=config, sinks=sinks, group=group, name=name, run=run)
     if monitor._collective.topology.rank == 0:
         print(monitor.inventory(), flush=True)
     return monitor

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,53 +26,86 @@ class Field:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which cell means what; both directions read it. Equal layouts have equal digests."""
+    """Which cell means what; both directions read it.
+
+    Plain fields come first, then the slots of rank 0, of rank 1 and so on: what a rank writes is two runs of cells.
+    """
 
     fields: tuple[Field, ...]
     world_size: int = 1
 
-    def shape(self, field: Field) -> tuple[int, ...]:
-        """The shape of a field in the vector: slots add a last dimension of `world_size`."""
-        return (*field.shape, self.world_size) if field.per_rank else field.shape
+    @property
+    def plain(self) -> tuple[Field, ...]:
+        """The fields that add up over ranks."""
+        return tuple(field for field in self.fields if not field.per_rank)
+
+    @property
+    def slots(self) -> tuple[Field, ...]:
+        """The fields of which each rank has its own."""
+        return tuple(field for field in self.fields if field.per_rank)
 
     @property
     def size(self) -> int:
         """Cells (float64) of the vector."""
-        return sum(math.prod(self.shape(field)) for field in self.fields)
-
-    @property
-    def digest(self) -> str:
-        """Equal for equal layouts, on every machine."""
-        return hashlib.sha256(repr((self.fields, self.world_size)).encode()).hexdigest()
+        return _cells(self.plain) + self.world_size * _cells(self.slots)
 
     def zeros(self, device: torch.device | None = None) -> Tensor:
         """The packet of a rank that has nothing to say. Shape: [K] float64."""
         return torch.zeros(self.size, dtype=torch.float64, device=device)
 
     def pack(self, values: Mapping[str, Tensor], rank: int, device: torch.device | None = None) -> Tensor:
-        """This rank's packet; a field that `values` lacks stays zero.
+        """This rank's packet.
 
         Shape: values of each field's own shape in, [K] float64 out. Comm: none. Sync: none, unless values lie on
         another device than a packet on the host.
         """
-        packet = self.zeros(device)
-        start = 0
-        for field in self.fields:
-            shape = self.shape(field)
-            stop = start + math.prod(shape)
-            if field.name in values:
-                cells = packet[start:stop].view(shape)
-                (cells[..., rank] if field.per_rank else cells).copy_(values[field.name], non_blocking=packet.is_cuda)
-            start = stop
-        return packet
+        shared, slot = _cells(self.plain), _cells(self.slots)
+        start = shared + rank * slot
+        if device is None or device.type == "cpu":  # one operation, where copying field by field takes a dozen
+            packet = [0.0] * self.size
+            packet[:shared] = (cell for field in self.plain for cell in values[field.name].reshape(-1).tolist())
+            packet[start : start + slot] = (
+                cell for field in self.slots for cell in values[field.name].reshape(-1).tolist()
+            )
+            return torch.tensor(packet, dtype=torch.float64)
+        cells = self.zeros(device)
+        for first, fields in ((0, self.plain), (start, self.slots)):
+            runs = [values[field.name].to(device, torch.float64, non_blocking=True).reshape(-1) for field in fields]
+            if runs:
+                run = torch.cat(runs)
+                cells[first : first + len(run)] = run
+        return cells
 
-    def unpack(self, packet: Tensor) -> dict[str, Tensor]:
-        """The fields of a packet, as views of their shapes."""
-        fields = {}
+    def unpack(self, packet: Tensor) -> dict[str, Any]:
+        """The fields of a packet as floats in nested lists of their shapes; slots have ranks as a last dimension.
+
+        Sync: waits for a packet that is not on the host.
+        """
+        cells = packet.tolist()
+        shared, slot = _cells(self.plain), _cells(self.slots)
+        fields: dict[str, Any] = {}
         start = 0
-        for field in self.fields:
-            shape = self.shape(field)
-            stop = start + math.prod(shape)
-            fields[field.name] = packet[start:stop].view(shape)
+        for field in self.plain:
+            stop = start + math.prod(field.shape)
+            fields[field.name] = _shaped(cells[start:stop], field.shape)
+            start = stop
+        start = shared
+        for field in self.slots:
+            stop = start + math.prod(field.shape)
+            fields[field.name] = _shaped([cells[cell::slot] for cell in range(start, stop)], field.shape)
             start = stop
         return fields
+
+
+def _shaped(items: list[Any], shape: tuple[int, ...]) -> Any:
+    """A flat list as nested lists of `shape`; the only item where the shape is ()."""
+    if not shape:
+        return items[0]
+    if len(shape) == 1:
+        return items
+    step = math.prod(shape[1:])
+    return [_shaped(items[row * step : (row + 1) * step], shape[1:]) for row in range(shape[0])]
+
+
+def _cells(fields: Sequence[Field]) -> int:
+    return sum(math.prod(field.shape) for field in fields)

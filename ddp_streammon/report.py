@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from ddp_streammon import keys
@@ -48,7 +47,6 @@ class RunInfo:
     config: Mapping[str, Any]
     inventory: str
     """The streams, their tensors and learning rates, and what cannot be evaluated, as text."""
-    run_dir: Path | None = None
     name: str | None = None
 
 

@@ -31,11 +31,8 @@ class Piece:
     parameter: nn.Parameter
     start: int
     stop: int
-
-    @property
-    def whole(self) -> bool:
-        """Whether this is the whole parameter."""
-        return self.start == 0 and self.stop == self.parameter.numel()
+    whole: bool
+    """Whether this is all of the parameter."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def _parameters(streams: StreamSet) -> list[tuple[int, nn.Parameter]]:
 
 
 def _in_full(parameters: Iterable[tuple[int, nn.Parameter]], topology: Topology) -> Share:
-    pieces = tuple(Piece(number, parameter, 0, parameter.numel()) for number, parameter in parameters)
+    pieces = tuple(Piece(number, parameter, 0, parameter.numel(), whole=True) for number, parameter in parameters)
     return Share(pieces, 1.0 / topology.world_size)
 
 
@@ -104,9 +101,9 @@ def _cut(parameters: Sequence[tuple[int, nn.Parameter]], topology: Topology) -> 
     for number, parameter in parameters:
         start, stop = max(first - offset, 0), min(last - offset, parameter.numel())
         if start < stop:
-            yield Piece(number, parameter, start, stop)
+            yield Piece(number, parameter, start, stop, whole=stop - start == parameter.numel())
         elif parameter.numel() == 0 and topology.rank == 0:
-            yield Piece(number, parameter, 0, 0)
+            yield Piece(number, parameter, 0, 0, whole=True)
         offset += parameter.numel()
 
 

@@ -6,7 +6,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -150,57 +150,78 @@ def is_total(value: ScalarLike) -> bool:
 
 
 def scalar_cells(
-    names: Sequence[str], values: Mapping[str, ScalarLike], samples: float | Tensor | None, device: torch.device
+    names: Sequence[str], values: Mapping[str, ScalarLike | None], samples: float | Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """A rank's numbers as cells (sum, weighted sum, weight, present) and how many of them are not finite.
 
     Shape: [U, 4] and [] float64. Comm: none. Sync: none for numbers on `device` (those elsewhere are copied).
     """
-    weight = 1.0 if samples is None else samples
-    rows: list[tuple[float | Tensor, float | Tensor, float | Tensor, float]] = []
-    for name in names:
-        value = values.get(name)
-        if value is None:
-            rows.append((0.0, 0.0, 0.0, 0.0))
-        elif isinstance(value, Total):
-            rows.append((value.value, value.value, 1.0, 1.0))
-        elif isinstance(value, tuple):
-            rows.append((value[0], value[0], value[1], 1.0))
-        else:
-            rows.append((value, value * weight, weight, 1.0))
-    cells = _matrix(rows, device)
-    finite = torch.isfinite(cells).all(dim=1, keepdim=True)
-    bad = (~finite).sum().double()
-    return torch.where(finite, cells, 0.0), bad
+    weight: float | Tensor = 1.0 if samples is None else samples
+    if device.type == "cpu":
+        rows = [_row(_floats(values.get(name)), _float(weight)) for name in names]
+        finite = [all(math.isfinite(cell) for cell in row) for row in rows]
+        cells = [row if good else _NOTHING for row, good in zip(rows, finite, strict=True)]
+        bad = float(len(finite) - sum(finite))
+        return torch.tensor(cells, dtype=torch.float64).view(-1, 4), torch.tensor(bad, dtype=torch.float64)
+    matrix = _on_device([_row(values.get(name), weight) for name in names], device)
+    good = torch.isfinite(matrix).all(dim=1, keepdim=True)
+    return torch.where(good, matrix, 0.0), (~good).sum().double()
 
 
-def _matrix(rows: Sequence[Sequence[float | Tensor]], device: torch.device) -> Tensor:
-    """Numbers and one-element tensors -> [U, 4] float64 on `device`."""
-    on_host = all(not isinstance(cell, Tensor) or cell.device.type == "cpu" for row in rows for cell in row)
-    if device.type == "cpu" or on_host:
-        floats = [[float(cell.detach() if isinstance(cell, Tensor) else cell) for cell in row] for row in rows]
-        return torch.tensor(floats, dtype=torch.float64).view(len(rows), 4).to(device, non_blocking=True)
+_Row: TypeAlias = "tuple[float | Tensor, float | Tensor, float | Tensor, float]"
+_NOTHING = (0.0, 0.0, 0.0, 0.0)
+
+
+def _row(value: ScalarLike | None, weight: float | Tensor) -> _Row:
+    if value is None:
+        return _NOTHING
+    if isinstance(value, Total):
+        return value.value, value.value, 1.0, 1.0
+    if isinstance(value, tuple):
+        return value[0], value[0], value[1], 1.0
+    return value, value * weight, weight, 1.0
+
+
+def _floats(value: ScalarLike | None) -> ScalarLike | None:
+    """The same number with Python floats in place of tensors."""
+    if value is None:
+        return None
+    if isinstance(value, Total):
+        return Total(_float(value.value))
+    return (_float(value[0]), _float(value[1])) if isinstance(value, tuple) else _float(value)
+
+
+def _float(value: float | Tensor) -> float:
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+
+
+def _on_device(rows: Sequence[_Row], device: torch.device) -> Tensor:
+    """Numbers and one-element tensors -> [U, 4] float64 on `device`, without waiting for it."""
+    flat = [cell for row in rows for cell in row]
+    if not any(isinstance(cell, Tensor) and cell.device != torch.device("cpu") for cell in flat):
+        host = torch.tensor([_float(cell) for cell in flat], dtype=torch.float64)
+        return host.to(device, non_blocking=True).view(-1, 4)
     cells = [
-        cell.detach().double().reshape(()).to(device)
+        cell.detach().double().reshape(()).to(device, non_blocking=True)
         if isinstance(cell, Tensor)
         else torch.full((), float(cell), dtype=torch.float64, device=device)
-        for row in rows
-        for cell in row
+        for cell in flat
     ]
-    return torch.stack(cells).view(len(rows), 4)
+    return torch.stack(cells).view(-1, 4)
 
 
-def step_stats(sums: Mapping[str, Tensor], streams: Sequence[str], scalars: Mapping[str, bool], step: int) -> StepStats:
+def step_stats(sums: Mapping[str, Any], streams: Sequence[str], scalars: Mapping[str, bool], step: int) -> StepStats:
     """The fields of a summed step packet, on the host, as floats. `scalars`: names, and whether each is a total.
 
     Where ranks are missing (`Join`) those that are left have read in full, for 1 / world size each: the moments are
     their mean (shards.full_shares).
     """
-    states = sums[STATE].T.tolist()
+    states = list(zip(*sums[STATE], strict=True))
     alive = [state for state in states if state[0]]
     epoch = alive[0][2] if alive else math.nan
-    table = (sums[MOMENTS] * (len(states) / max(len(alive), 1))).tolist()
-    maxima = sums[MAXIMA].amax(dim=1).tolist() if streams else []
+    missing = len(states) / max(len(alive), 1)
+    table = [[cell * missing for cell in row] for row in sums[MOMENTS]]
+    maxima = [max(ranks) for ranks in sums[MAXIMA]]
     model_sq_norm = sum(row[SQ_SUM] for row in table)
     per_stream = {}
     for name, row, abs_max in zip(streams, table, maxima, strict=True):
@@ -214,7 +235,7 @@ def step_stats(sums: Mapping[str, Tensor], streams: Sequence[str], scalars: Mapp
             elements=_at_least_one(row[ELEMENTS]),
             tensors=_at_least_one(row[TENSORS]),
         )
-    cells = sums[SCALARS].tolist()
+    cells = sums[SCALARS]
     return StepStats(
         step=step,
         epoch=None if math.isnan(epoch) else epoch,
@@ -224,7 +245,7 @@ def step_stats(sums: Mapping[str, Tensor], streams: Sequence[str], scalars: Mapp
             for (name, total), row in zip(scalars.items(), cells, strict=True)
         },
         ranks=len(alive),
-        nonfinite_ranks=tuple(rank for rank, bad in enumerate(sums[BAD].tolist()) if bad),
+        nonfinite_ranks=tuple(rank for rank, bad in enumerate(sums[BAD]) if bad),
         scaled=any(scaled for _, scaled, _ in alive),
     )
 

@@ -65,7 +65,7 @@ def weight_figures(
     reduction = collective.all_reduce(packet.to(collective.device_for(device)))
 
     def resolve() -> Mapping[str, float]:
-        rows = layout.unpack(reduction.wait())["weights"].tolist()
+        rows = layout.unpack(reduction.wait())["weights"]
         return _named(names, rows[: len(names)])
 
     return Figures(_keys(names), resolve)

@@ -13,7 +13,7 @@ from ddp_streammon.train.loop import Result, run
 from tests.ranks import run_ranks
 
 QUIET = ("trainer.progress=false", "sinks.console.enabled=false", "sinks.wandb.enabled=false")
-SMALL = (*QUIET, "model.hidden=[32,16]", "trainer.epochs=2")
+SMALL = (*QUIET, "model=multi_mlp", "model.hidden=[32,16]", "trainer.epochs=2")
 """Seconds of the main job become a fraction of one; everything but the size is the main job's."""
 
 

@@ -17,7 +17,7 @@ from ddp_streammon.sinks import read_jsonl
 from tests.read_wandb import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ("model.hidden=[32,16]", "trainer.epochs=2")
+SMALL = ("model=multi_mlp", "model.hidden=[32,16]", "trainer.epochs=2")
 
 
 def start(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -88,7 +88,7 @@ def test_the_wandb_file_holds_what_the_jsonl_file_holds(main_job: tuple[Path, st
         assert row["trainer/step"] == record["step"]
         for key, value in record["values"].items():
             if key != keys.EPOCH:
-                logged = row[keys.grouped(key, ("fou", "kar"))]
+                logged = row[keys.grouped(key, ("fou", "pix"))]
                 assert logged == value or (math.isnan(logged) and math.isnan(value)), key
     assert run.config["optim"]["lr"] == 1e-3
     assert run.config["world_size"] == 2

@@ -23,23 +23,23 @@ def test_every_experiment_composes_and_every_shipped_key_is_known(experiment: st
 
 def test_the_default_experiment_is_two_views_of_the_digits() -> None:
     config = load(composed([]))
-    assert list(config.streams) == ["fou", "kar"]
+    assert list(config.streams) == ["fou", "pix"]
     assert config.monitor.enabled
     assert config.sinks.wandb.mode == "offline"
     assert monitor_config(config) == MonitorConfig(rules=RuleSet.guide, rule_severity=Severity.info)
 
 
 def test_streams_are_addressed_by_the_users_names() -> None:
-    config = load(composed(["optim.streams.fou.lr=5e-4", "streams.kar.patience=3", "optim.streams.shared.lr=1e-5"]))
+    config = load(composed(["optim.streams.fou.lr=5e-4", "streams.pix.patience=3", "optim.streams.shared.lr=1e-5"]))
     assert config.optim.streams["fou"].lr == 5e-4
-    assert config.optim.streams["kar"].lr is None
-    assert config.streams["kar"].patience == 3
+    assert config.optim.streams["pix"].lr is None
+    assert config.streams["pix"].patience == 3
     assert config.optim.streams["shared"].lr == 1e-5
 
 
 def test_a_stream_is_added_on_the_command_line() -> None:
     config = load(composed(["+streams.zer={}", "+optim.streams.zer.lr=1e-4"]))
-    assert list(config.streams) == ["fou", "kar", "zer"]
+    assert list(config.streams) == ["fou", "pix", "zer"]
     assert config.optim.streams["zer"].lr == 1e-4
 
 
@@ -58,7 +58,7 @@ def test_a_stream_is_added_on_the_command_line() -> None:
         ("streams.fou.patience=0", "streams.fou: patience must be at least 1, got 0"),
         ("+streams.fou.lr=1", "streams.fou.lr: no such key; valid keys: patterns, frozen, patience, min_delta"),
         ("optim.streams.fou.lr=x", "optim.streams.fou: Value 'x' of type 'str' could not be converted to Float"),
-        ("+optim.streams.rgb.lr=1", "optim.streams.rgb: there is no such stream; streams: fou, kar, shared"),
+        ("+optim.streams.rgb.lr=1", "optim.streams.rgb: there is no such stream; streams: fou, pix, shared"),
         ("optim.streams.fou=3", "optim.streams.fou must be a mapping with lr, weight_decay, got 3"),
     ],
 )
@@ -69,14 +69,14 @@ def test_a_wrong_value_is_one_sentence(override: str, text: str) -> None:
 
 def test_a_configuration_without_streams_is_refused() -> None:
     with pytest.raises(ConfigError, match="streams is empty: name at least one"):
-        load(composed(["~streams.fou", "~streams.kar", "data.streams=[fou]"]))
+        load(composed(["~streams.fou", "~streams.pix", "data.streams=[fou]"]))
 
 
 @pytest.mark.parametrize(
     ("override", "text"),
     [
         ("trainer.epoch=3", "trainer has epochs, batch_size, .*; nearest: epochs"),
-        ("optim.streams.fuo.lr=1", "optim.streams has fou, kar, shared; nearest: fou"),
+        ("optim.streams.fuo.lr=1", "optim.streams has fou, pix, shared; nearest: fou"),
         ("monitor.evry=2", "nearest: every"),
         ("sinks.wandb.mod=online", "sinks.wandb has enabled, mode, .*; nearest: mode"),
         ("trainr.epochs=2", "the configuration has data, model, streams, optim, .*; nearest: trainer"),
@@ -97,7 +97,7 @@ def test_known_keys_groups_and_additions_need_no_explanation() -> None:
 
 def test_data_and_streams_that_do_not_fit_are_refused() -> None:
     config = composed(["data=synthetic"])
-    with pytest.raises(ConfigError, match="the data have the streams stream1, stream2, the configuration fou, kar"):
+    with pytest.raises(ConfigError, match="the data have the streams stream1, stream2, the configuration fou, pix"):
         data_and_model(config, load(config))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -63,8 +64,16 @@ def test_trimming_keeps_exactly_the_last_values(limit: int) -> None:
         assert history["loss"] == [n * 0.5 for n in kept]
         assert history.series("loss") == [Entry(n, n / 10, n * 0.5) for n in kept]
         assert history.state_dict()["series"]["loss"]["steps"] == list(kept)
-        assert len(history._series["loss"].values) <= limit + limit // 8
         assert history.latest("loss") == step * 0.5
+
+
+def test_memory_is_bounded() -> None:
+    history = History(limit=100)
+    largest = 0
+    for step in range(5_000):
+        history.append(step, None, {"loss": 1.0})
+        largest = max(largest, len(pickle.dumps(history)))
+    assert largest < 20_000  # bytes; every entry kept would take 120,000
 
 
 @pytest.mark.parametrize(("count", "steps"), [(0, []), (1, [9]), (3, [7, 8, 9]), (4, [6, 7, 8, 9]), (99, [6, 7, 8, 9])])
@@ -80,7 +89,7 @@ def test_limit_is_checked() -> None:
 @pytest.mark.parametrize("bad", ["ConcatFusion", None, [1.0]])
 def test_a_value_that_is_no_number_leaves_the_series_whole(bad: Any) -> None:
     history = filled(2)
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, ValueError)):
         history.append(2, None, {"loss": bad})
     history.append(3, None, {"loss": 9.0})
     assert history.series("loss") == [Entry(0, 0.0, 0.0), Entry(1, 0.1, 0.5), Entry(3, None, 9.0)]

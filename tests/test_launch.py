@@ -12,7 +12,7 @@ from tests.test_app import ROOT, start
 
 
 def test_the_demo_trains_and_says_where_to_look(tmp_path: Path) -> None:
-    overrides = ("model.hidden=[32,16]", "trainer.epochs=2", f"hydra.run.dir={tmp_path}/run")
+    overrides = ("model.width=4", "trainer.epochs=2", f"hydra.run.dir={tmp_path}/run")
     done = subprocess.run(
         ["bash", str(ROOT / "launch" / "demo.sh"), *overrides],
         cwd=tmp_path,

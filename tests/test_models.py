@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from ddp_streammon.train.models import (
+    MLPEncoder,
     MultiStreamModel,
     ResNetEncoder,
     make_fusion,
     mc_resnet,
     mc_resnet18,
     mc_resnet50,
+    mixed,
     multi_mlp,
 )
 from ddp_streammon.train.models.multi_stream import drop_streams
@@ -30,8 +32,13 @@ def count(module: nn.Module) -> int:
 
 @pytest.mark.parametrize(
     ("depth", "published", "features"),
-    [(18, 11_689_512, 512), (34, 21_797_672, 512), (50, 25_557_032, 2048), (101, 44_549_160, 2048)]
-    + [(152, 60_192_808, 2048)],
+    [
+        (18, 11_689_512, 512),
+        (34, 21_797_672, 512),
+        (50, 25_557_032, 2048),
+        (101, 44_549_160, 2048),
+        (152, 60_192_808, 2048),
+    ],
 )
 def test_resnet_has_the_published_number_of_parameters(depth: int, published: int, features: int) -> None:
     with torch.device("meta"):
@@ -228,3 +235,17 @@ def test_multi_mlp_checks_its_sizes() -> None:
         multi_mlp({"a": 3}, 2, hidden=())
     with pytest.raises(ValueError, match="in_features must be at least 1, got 0"):
         multi_mlp({"a": 0}, 2)
+
+
+def test_a_mixed_model_gives_vectors_an_mlp_and_images_a_resnet() -> None:
+    model = mixed({"fou": (76,), "pix": (1, 16, 15)}, num_classes=10, hidden=(32,), width=4)
+    assert isinstance(model.encoders["fou"], MLPEncoder)
+    assert isinstance(model.encoders["pix"], ResNetEncoder)
+    assert model(torch.randn(3, 76), torch.randn(3, 1, 16, 15)).shape == (3, 10)
+    assert model.fc.in_features == 2 * 8 * 4
+    assert mixed({"a": (5,), "b": (6,)}, num_classes=2, hidden=(8, 4))(torch.randn(3, 5), torch.randn(3, 6)).shape == (
+        3,
+        2,
+    )
+    with pytest.raises(ValueError, match=r"a vector \[features\] or an image \[channels, H, W\], got {'a': \(2, 3\)}"):
+        mixed({"a": (2, 3)}, num_classes=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ddp_streammon.moments import ABS_MAX, ELEMENTS, NONFINITE, SQ_SUM, SUM, TENSORS, moments
 from ddp_streammon.moments import torch as reference
-from ddp_streammon.moments.torch import BLOCK, SMALL
+from ddp_streammon.moments.torch import BLOCK, EXACT, LARGE
 from ddp_streammon.shards import Share, Topology, _cut
 
 CPU = torch.device("cpu")
@@ -50,8 +51,10 @@ def twin(tensors: Sequence[Tensor | None]) -> Tensor:
     return row
 
 
-def assert_equal(table: Tensor, expected: Tensor, rtol: float = 1e-12) -> None:
-    torch.testing.assert_close(table, expected.view(table.shape), rtol=rtol, atol=1e-12 * expected[SQ_SUM].sqrt())
+def assert_equal(table: Tensor, expected: Tensor) -> None:
+    """To 1e-12 where float64 is used throughout, to 2e-7 where it is float32 within rows."""
+    bound = 1e-12 if expected[ELEMENTS] <= EXACT else 2e-7
+    torch.testing.assert_close(table, expected.view(table.shape), rtol=bound, atol=bound * expected[SQ_SUM].sqrt())
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -62,7 +65,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("world", [1, 3])
 def test_dtypes_and_shapes_equal_the_twin(dtype: torch.dtype, world: int) -> None:
     torch.manual_seed(0)
-    shapes = [(0,), (), (1,), (3, 5), (7, 0, 2), (SMALL,), (SMALL + 1,), (3, BLOCK + 11), (2, 3, 4, 5)]
+    shapes = [(0,), (), (1,), (3, 5), (7, 0, 2), (EXACT,), (EXACT + 1,), (LARGE + 11,), (3, BLOCK + 11), (2, 3, 4, 5)]
     tensors = [random(*shape, dtype=dtype) for shape in shapes]
     for table in measured(tensors, world):
         assert_equal(table, twin(tensors))
@@ -100,7 +103,7 @@ def test_streams_and_mixed_dtypes_stay_apart() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [10, SMALL + 5, 2 * BLOCK + 5])
+@pytest.mark.parametrize("size", [10, EXACT + 5, 2 * BLOCK + 5])
 def test_nonfinite_values_are_counted_and_left_out(dtype: torch.dtype, size: int) -> None:
     torch.manual_seed(0)
     tensor = random(size, dtype=dtype)
@@ -134,10 +137,11 @@ def test_no_gradient_at_all_is_zeros() -> None:
 
 
 def test_tiny_and_huge_values_neither_vanish_nor_overflow() -> None:
-    for value in (1e-42, 1e-23, 1e20, 3e38):
-        tensor = torch.full((100,), value)
+    for value, size in itertools.product((1e-42, 1e-23, 1e-16, 1e16, 1e20, 3e38), (100, 40_000, 1_000_000)):
+        tensor = torch.full((size,), value)
         for table in measured([tensor]):
-            assert table[0, SQ_SUM].sqrt().item() == pytest.approx(10 * tensor[0].double().item(), rel=1e-12)
+            expected = math.sqrt(size) * tensor[0].double().item()
+            assert table[0, SQ_SUM].sqrt().item() == pytest.approx(expected, rel=1e-12)
             assert table[0, ABS_MAX] == tensor[0].double()
 
 
@@ -154,7 +158,7 @@ def test_the_norm_of_twenty_million_elements_is_exact_where_pytorchs_is_not() ->
     exact = math.sqrt(20_000_000) * tensor[0].double().item()
     parameter = nn.Parameter(tensor)
     table = moments([Share(tuple(_cut([(0, parameter)], Topology())), 1.0)], 1, lambda p: p.detach(), CPU)
-    assert table[0, SQ_SUM].sqrt().item() == pytest.approx(exact, rel=1e-12)
+    assert table[0, SQ_SUM].sqrt().item() == pytest.approx(exact, rel=1e-7)
     assert abs(tensor.norm().item() / exact - 1) > 1e-5  # what "exact" is needed for
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import struct
 
@@ -29,6 +28,15 @@ def values(rank: int = 0) -> dict[str, Tensor]:
     }
 
 
+def unpacked(packet: Tensor) -> dict[str, Tensor]:
+    """The fields as tensors, to compare."""
+    shapes = {field.name: (*field.shape, 3) if field.per_rank else field.shape for field in LAYOUT.fields}
+    return {
+        name: torch.tensor(cells, dtype=torch.float64).view(shapes[name])
+        for name, cells in LAYOUT.unpack(packet).items()
+    }
+
+
 def test_the_size_counts_a_slot_for_each_rank() -> None:
     assert LAYOUT.size == 1 + 6 + 2 * 3 + 0
     assert Layout(()).size == 0
@@ -45,47 +53,27 @@ def test_unpack_inverts_pack_and_other_ranks_slots_are_zero() -> None:
     sent = values()
     packet = LAYOUT.pack(sent, rank=1)
     assert (packet.dtype, packet.shape) == (torch.float64, (13,))
-    fields = LAYOUT.unpack(packet)
-    assert list(fields) == list(sent)
+    fields = unpacked(packet)
+    assert set(fields) == set(sent)
     for name in ("one", "table", "none"):
         assert torch.equal(fields[name], sent[name])
     assert torch.equal(fields["slots"][:, 1], sent["slots"])
     assert fields["slots"][:, [0, 2]].tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
-def test_a_field_without_a_value_stays_zero() -> None:
-    fields = LAYOUT.unpack(LAYOUT.pack({"one": torch.tensor(2.0)}, rank=0))
-    assert fields["one"] == 2
-    assert fields["table"].abs().sum() == fields["slots"].abs().sum() == 0
-
-
 def test_adding_packets_adds_fields_and_gathers_slots_in_any_order() -> None:
     sent = [values(rank) for rank in range(3)]
     packets = [LAYOUT.pack(each, rank) for rank, each in enumerate(sent)]
-    total = LAYOUT.unpack(sum(packets, LAYOUT.zeros()))
+    total = unpacked(sum(packets, LAYOUT.zeros()))
     assert torch.equal(total["slots"], torch.stack([each["slots"] for each in sent], dim=1))
     torch.testing.assert_close(total["table"], sum(each["table"] for each in sent), rtol=1e-15, atol=1e-15)
-    again = LAYOUT.unpack(packets[2] + (packets[0] + packets[1]))
+    again = unpacked(packets[2] + (packets[0] + packets[1]))
     assert torch.equal(again["slots"], total["slots"])
 
 
 def test_the_zero_packet_is_the_identity() -> None:
     packet = LAYOUT.pack(values(), rank=2)
     assert torch.equal(packet + LAYOUT.zeros(), packet)
-    assert torch.equal(LAYOUT.pack({}, rank=0), LAYOUT.zeros())
-
-
-def test_the_digest_tells_layouts_apart() -> None:
-    other = [
-        Layout(LAYOUT.fields, 4),
-        Layout(LAYOUT.fields[::-1], 3),
-        Layout((*LAYOUT.fields, Field("more")), 3),
-        Layout(tuple(dataclasses.replace(field, per_rank=False) for field in LAYOUT.fields), 3),
-    ]
-    assert Layout(tuple(LAYOUT.fields), 3).digest == LAYOUT.digest
-    assert len({layout.digest for layout in [LAYOUT, *other]}) == 5
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        LAYOUT.world_size = 2  # type: ignore[misc]
 
 
 def _gathered() -> bytes:
@@ -105,4 +93,5 @@ def test_special_values_arrive_exactly_and_bit_equal_on_all_ranks(world: int) ->
     cells = struct.unpack(f"{len(SPECIAL) * world}d", received[0])
     for rank in range(world):
         expected = SPECIAL[rank:] + SPECIAL[:rank]
-        assert [repr(value) for value in cells[rank::world]] == [repr(value) for value in expected]
+        own = cells[rank * len(SPECIAL) : (rank + 1) * len(SPECIAL)]
+        assert [repr(value) for value in own] == [repr(value) for value in expected]

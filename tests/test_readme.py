@@ -18,7 +18,7 @@ from tests.test_app import ROOT, start
 README = (ROOT / "README.md").read_text()
 BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.S) for language in ("bash", "python")}
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS["bash"] for line in block.splitlines() if line]
-SMALL = "model.hidden=[16,8] trainer.epochs=1 sinks.wandb.enabled=false"
+SMALL = "model=multi_mlp model.hidden=[16,8] trainer.epochs=1 sinks.wandb.enabled=false"
 
 
 class Net(nn.Module):

@@ -54,7 +54,7 @@ def test_the_cut_covers_every_element_once_and_is_balanced(kind: str, world: int
 def test_whole_is_said_of_whole_pieces() -> None:
     (_, parameter), *_ = parameters_of([2 * CHUNK])
     assert [[piece.whole for piece in pieces] for pieces in cut([(0, parameter)], 2)] == [[False], [False]]
-    assert Piece(0, parameter, 0, 2 * CHUNK).whole
+    assert [piece.whole for piece in cut([(0, parameter)], 1)[0]] == [True]
 
 
 def test_one_process_reads_everything_at_full_weight() -> None:

@@ -108,7 +108,6 @@ def test_the_offline_file_holds_what_the_jsonl_holds(tmp_path: Path) -> None:
         both.write(report)
     both.close(OUTCOME)
     run = written(tmp_path / "wandb")
-    assert both.locations == [str(file.path), str(next((tmp_path / "wandb").glob("offline-run-*-r1")))]
 
     logged = [record for record in read_jsonl(file.path) if record["type"] in ("step", "epoch")]
     rows = [row for row in run.history if STEP_AXIS in row]

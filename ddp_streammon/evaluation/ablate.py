@@ -99,12 +99,12 @@ class Features:
 
     `features` means the outputs of a stream's roots: its largest modules (streams.Stream.roots). A recorded output is
     replayed only for the inputs that it was recorded with; where they differ, since an encoder reads another
-    stream's features, the encoder runs again.
+    stream's features, the encoder runs again. `names` are the streams whose features may be replaced.
     """
 
-    def __init__(self, streams: StreamSet) -> None:
+    def __init__(self, streams: StreamSet, names: Sequence[str]) -> None:
         modules = {".".join(path): module for path, module in walk(streams.model)}
-        for name in streams.user_names:
+        for name in names:
             if not streams[name].roots:
                 raise ValueError(
                     f"stream {name!r} has no module of its own, so its features cannot be replaced: its parameters "
@@ -112,13 +112,11 @@ class Features:
                     "e.g. streams={'rgb': model.rgb_encoder}"
                 )
         self.kept: frozenset[str] | None = None
-        self._encoders = [
-            _Encoder(name, path, modules[path], self) for name in streams.user_names for path in streams[name].roots
-        ]
+        self._encoders = [_Encoder(name, path, modules[path], self) for name in names for path in streams[name].roots]
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Stand in for the encoders inside. ValueError at the end if a stream's modules were never called."""
+        """Stand in for the encoders inside."""
         for encoder in self._encoders:
             encoder.install()
         try:

@@ -82,7 +82,7 @@ def activation_moments(streams: StreamSet, collective: Collective, inputs: tuple
     nothing = torch.zeros(3, dtype=torch.float64, device=device)
     cells = torch.stack([sums.get(stage, nothing) for stage in stages])
     packet = layout.pack({"sums": cells}, collective.topology.rank, device)
-    total = layout.unpack(collective.all_reduce(packet.to(collective.device_for(device))).wait())["sums"].tolist()
+    total = layout.unpack(collective.all_reduce(packet.to(collective.device_for(device))).wait())["sums"]
     figures: dict[str, float] = {}
     for (stage, stream), (value, square, count) in zip(stages, total, strict=True):
         mean = ratio(value, count)

@@ -91,18 +91,18 @@ def measure(
     )
     device = collective.device_for(packet.device)
     fields = layout.unpack(collective.all_reduce(packet.to(device)).wait())
-    sums = dict(zip(names, fields["sums"].tolist(), strict=True))
+    sums = dict(zip(names, fields["sums"], strict=True))
     figures: dict[str, dict[str, dict[str, float]]] = {split: {variant: {} for variant in kept} for split in splits}
     for (split, variant, figure), value in sums.items():
         if figure != WEIGHT:
             figures[split][variant][figure] = ratio(value, sums[split, variant, WEIGHT])
-    counts = {split: round(count) for split, count in zip(splits, fields["items"].tolist(), strict=True)}
+    counts = {split: round(count) for split, count in zip(splits, fields["items"], strict=True)}
     for split, count in counts.items():
         if count == 0:
             raise ValueError(
                 f"{splits[split].name} is empty: there is no item to evaluate; pass a loader with at least one batch"
             )
-    totals = zip(numbers, fields["scalars"].tolist(), strict=True)
+    totals = zip(numbers, fields["scalars"], strict=True)
     return EvalStats(counts, figures, {name: ratio(total, weight) for name, (total, weight) in totals})
 
 
@@ -113,7 +113,9 @@ def _score_splits(
     score: Score,
     kept: Mapping[str, Sequence[str]],
 ) -> _Local:
-    features = Features(streams)
+    everything = tuple(streams.user_names)
+    replaced = any(tuple(names) != everything for names in kept.values())
+    features = Features(streams, everything if replaced else ())
     device = to_device(streams.model)
     local = _Local({}, {}, {})
     with features.installed():

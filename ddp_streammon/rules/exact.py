@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ddp_streammon.config import Severity
 from ddp_streammon.rules.finding import Finding
 from ddp_streammon.stats import StepStats
@@ -9,7 +11,7 @@ from ddp_streammon.stats import StepStats
 NONFINITE, NO_GRADIENT, ZERO_GRADIENT = "NF", "DET", "DEAD"
 
 
-def check(stats: StepStats, frozen: frozenset[str] = frozenset()) -> list[Finding]:
+def check(stats: StepStats, frozen: Collection[str] = ()) -> list[Finding]:
     """What is wrong with one monitored step, by stream.
 
     NF (error): a gradient, or a number that a rank sent, is not finite; under a GradScaler that step is skipped,

@@ -20,7 +20,7 @@ class JsonlSink:
     """Appends to a file, flushed after each record, so that a killed job loses at most the line in work.
 
     A record is `{"type": "run" | "step" | "epoch" | "outcome", "step", "epoch", "time" (unix seconds),
-    "values", "findings"}`; `run` also has `name`, `run_dir`, `streams`, `config` and `inventory`, `outcome`
+    "values", "findings"}`; `run` also has `name`, `streams`, `config` and `inventory`, `outcome`
     also has `text` and `exit_code`. A resumed run appends a `run` record of its own. nan and infinities are
     the strings "NaN", "Infinity" and "-Infinity", which `read_jsonl` turns back.
     """
@@ -38,11 +38,6 @@ class JsonlSink:
                 "give a path to a file in a folder that you may write to"
             ) from error
 
-    @property
-    def location(self) -> str:
-        """The file."""
-        return str(self.path)
-
     def open(self, run: RunInfo) -> None:
         """Append the run's description."""
         torn = _ends_inside_a_line(self.path)
@@ -53,7 +48,6 @@ class JsonlSink:
             _record("run", None, None, {}, ())
             | {
                 "name": run.name,
-                "run_dir": None if run.run_dir is None else str(run.run_dir),
                 "streams": list(run.streams),
                 "config": run.config,
                 "inventory": run.inventory,

@@ -149,7 +149,7 @@ class WandbSink:
 
     def _started(self, run: RunInfo, config: Mapping[str, Any]) -> Any:
         """A run of our own; offline where the server does not answer."""
-        folder = self._dir or os.environ.get("WANDB_DIR") or run.run_dir
+        folder = self._dir or os.environ.get("WANDB_DIR")
         arguments = {
             **self._place,
             "id": self.run_id,

@@ -187,7 +187,7 @@ class SinksSection:
 class TrainerSection:
     """The training loop."""
 
-    epochs: int = 20
+    epochs: int = 12
     batch_size: int = 128
     """Samples a rank and micro-batch."""
     accumulate: int = 1

@@ -200,6 +200,7 @@ def build(
             specs,
             config=monitor_config(config),
             sinks=sinks,
+            name=run_dir.name,
             run={**settings, "run_dir": str(run_dir), "world_size": collective.topology.world_size},
         )
     training = Training(

@@ -31,15 +31,23 @@ FILE = Path(__file__).with_name("mfeat.npz")
 
 
 def mfeat(
-    streams: Sequence[str] = ("fou", "kar"), seed: int = 0, train: int = 1200, validation: int = 400
+    streams: Sequence[str] = ("fou", "pix"),
+    seed: int = 0,
+    train: int = 1200,
+    validation: int = 400,
+    pix_as_image: bool = False,
 ) -> StreamData:
     """The named views as vector streams; what is not train or validation is test.
+
+    `pix_as_image`: the pixel view as images [1, 16, 15], standardised as one channel, not as 240 features.
 
     Raises ValueError for an unknown or repeated view, or for sizes that do not fit 2,000.
     """
     if not streams or len(set(streams)) != len(streams) or not set(streams) <= set(VIEWS):
         raise ValueError(f"streams must be different ones of {', '.join(VIEWS)}, got {tuple(streams)}")
     inputs = {view: views()[view] for view in streams}
+    if pix_as_image and "pix" in inputs:
+        inputs["pix"] = inputs["pix"].reshape(-1, 1, *IMAGE)
     return split_tensors(inputs, labels(), 10, (train, validation), seed)
 
 
