@@ -9,7 +9,7 @@ import torch
 
 from ddp_streammon.train.__main__ import composed, data_and_model
 from ddp_streammon.train.config import load
-from ddp_streammon.train.loop import Result, run
+from ddp_streammon.train.loop import Result, run, seed_all
 from tests.ranks import run_ranks
 
 QUIET = ("trainer.progress=false", "sinks.console.enabled=false", "sinks.wandb.enabled=false")
@@ -23,7 +23,7 @@ def train(overrides: list[str], folder: str) -> Result:
     Path(folder).mkdir(parents=True, exist_ok=True)
     config = composed(overrides)
     settings = load(config)
-    torch.manual_seed(settings.trainer.seed)
+    seed_all(settings.trainer.seed)
     data, model = data_and_model(config, settings)
     return run(settings, data, model, Path(folder), {"overrides": overrides})
 

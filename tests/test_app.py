@@ -94,6 +94,17 @@ def test_the_wandb_file_holds_what_the_jsonl_file_holds(main_job: tuple[Path, st
     assert run.config["world_size"] == 2
 
 
+def test_the_same_seed_gives_the_same_run(main_job: tuple[Path, str], tmp_path: Path) -> None:
+    done = torchrun(*SMALL, "sinks.wandb.enabled=false", folder=tmp_path, STREAMMON_RUN="again")
+    assert done.returncode == 0, done.stderr
+    first, again = (
+        [record["values"] for record in read_jsonl(folder / "metrics.jsonl") if record["type"] in ("step", "epoch")]
+        for folder in (main_job[0], tmp_path / "outputs" / "again")
+    )
+    assert len(first) == 10
+    assert repr(first) == repr(again)
+
+
 def test_an_unknown_key_ends_the_job_before_a_process_group_starts(tmp_path: Path) -> None:
     done = start("-m", "ddp_streammon.train", "trainer.epoch=3", folder=tmp_path)
     assert done.returncode == 1

@@ -24,7 +24,7 @@ from ddp_streammon import keys
 from ddp_streammon.report import describe_action
 from ddp_streammon.train.config import AppConfig, ConfigError, load
 from ddp_streammon.train.data import StreamData
-from ddp_streammon.train.loop import Result, run
+from ddp_streammon.train.loop import Result, run, seed_all
 
 VERSION_BASE = "1.3"
 
@@ -48,6 +48,7 @@ def _application(config: DictConfig) -> None:
     try:
         _refuse_multirun()
         settings = load(config)
+        seed_all(settings.trainer.seed)
         data, model = data_and_model(config, settings)
     except ConfigError as error:
         raise SystemExit(f"configuration error: {error}") from None

@@ -104,17 +104,24 @@ class Training:
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
 
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's random states."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def run(config: AppConfig, data: StreamData, model: nn.Module, run_dir: Path, settings: Mapping[str, Any]) -> Result:
     """Train `model` on `data` in this process and, under torchrun, with its peers.
+
+    Seed before the model is made (`seed_all`), or its first weights are others each time.
 
     `settings` is the resolved configuration, for the sinks. Every rank calls it with the same arguments.
     """
     with _process_group(config.trainer.device) as device:
-        seed = config.trainer.seed
-        random.seed(seed)
-        numpy.random.seed(seed)
-        torch.manual_seed(seed)
         training = build(config, data, model, run_dir, settings, device)
+        if config.trainer.resume is None:  # dropout and augmentation differ between ranks
+            seed_all(config.trainer.seed + training.rank)
         exit_code = 1
         try:
             _train(training)
