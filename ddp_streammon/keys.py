@@ -25,6 +25,8 @@ GRAD_SHARE = "grad_share"
 GRAD_NONFINITE = "grad_nonfinite"
 GRAD_ELEMENTS = "grad_elements"
 GRAD_TENSORS = "params"
+SKIPPED = "step_skipped"
+"""1 where a GradScaler skips the step for its non-finite gradients, else 0; only where there is one."""
 GRAD_FIGURES = (GRAD_NORM, GRAD_MEAN, GRAD_MAX, GRAD_SHARE, GRAD_NONFINITE, GRAD_ELEMENTS, GRAD_TENSORS)
 
 WEIGHT_NORM = "weight_norm"

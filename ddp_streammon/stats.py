@@ -93,6 +93,8 @@ class StepStats:
                 values[keys.of_stream(name, figure)] = value
         for a, b in keys.pairs(self.streams):
             values[keys.grad_ratio(a, b)] = ratio(self.streams[a].grad_norm, self.streams[b].grad_norm)
+        if self.scaled:
+            values[keys.SKIPPED] = float(any(stream.nonfinite for stream in self.streams.values()))
         return values | {name: scalar.value for name, scalar in self.scalars.items()}
 
 

@@ -51,6 +51,9 @@ def test_a_stream_is_added_on_the_command_line() -> None:
         ("trainer.clip_norm=-1", "trainer.clip_norm must be positive"),
         ("trainer.resume=/no/such.pt", "there is no file '/no/such.pt'; give the path of a checkpoint.pt"),
         ("monitor.every=0", "monitor.every must be at least 1, got 0"),
+        ("monitor.max_batches=0", "monitor.max_batches must be at least 1, got 0"),
+        ("sinks.wandb.mode=onlin", "sinks.wandb.mode must be one of auto, disabled, offline, online, got 'onlin'"),
+        ("sinks.wandb.log_every=0", "sinks.wandb.log_every must be at least 1, got 0"),
         ("monitor.delay=-1", "monitor.delay must be an integer of at least 0, got -1"),
         ("optim.lr=-1", "lr must be finite and not negative, got -1"),
         ("optim.betas=[0.9]", r"optim.betas must be two numbers in \[0, 1\), got \[0.9\]"),
@@ -109,6 +112,10 @@ def test_data_and_streams_that_do_not_fit_are_refused() -> None:
         (["data._target_=ddp_streammon.train.data.nothing"], "data .*nothing.*"),
         (["model._target_=collections.Counter"], "model._target_ must give an nn.Module, got Counter"),
         (["~model._target_"], "model._target_ is missing: give the dotted path of a function"),
+        (
+            ["streams.fou.patterns=[fuo]"],
+            "streams: stream 'fou': pattern 'fuo' matches no parameter; nearest names: fou",
+        ),
     ],
 )
 def test_what_a_target_raises_is_told_with_its_place(overrides: list[str], text: str) -> None:

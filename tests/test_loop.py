@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ddp_streammon.sinks import read_jsonl
+from ddp_streammon.train.config import ConfigError
 from tests.application import QUIET, SMALL, train, train_ranks
 
 
@@ -32,6 +33,18 @@ def test_a_resumed_run_ends_bit_identical(world: int, tmp_path: Path) -> None:
     assert str(whole[0]["saved"]["monitor"]) == str(resumed[0]["saved"]["monitor"])
 
 
+def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    overrides = [*SMALL, "sinks.wandb.enabled=true", "trainer.epochs=1"]
+    train(overrides, str(tmp_path / "first"))
+    run_id = torch.load(tmp_path / "first" / "checkpoint.pt", weights_only=True)["wandb_run_id"]
+    resume = f"trainer.resume={tmp_path}/first/checkpoint.pt"
+    train([*overrides, "trainer.epochs=2", resume], str(tmp_path / "second"))
+    for run in ("first", "second"):
+        (folder,) = (tmp_path / run / "wandb").glob("offline-run-*")
+        assert folder.name.endswith(f"-{run_id}")
+
+
 def test_training_with_and_without_the_monitor_is_bit_identical(tmp_path: Path) -> None:
     overrides = [*SMALL, "model.dropout_p=0.1", "optim.name=sgd"]
     watched = train_ranks(2, overrides, tmp_path / "watched")
@@ -40,6 +53,37 @@ def test_training_with_and_without_the_monitor_is_bit_identical(tmp_path: Path) 
     for figure in ("full_val_loss", "full_val_acc", "full_test_acc"):
         assert watched[0]["figures"][figure] == pytest.approx(alone[0]["figures"][figure], rel=1e-12)
     assert not (tmp_path / "alone" / "metrics.jsonl").exists()
+
+
+def test_without_the_monitor_streams_stop_and_rates_fall_as_with_it(tmp_path: Path) -> None:
+    stop = ["streams.fou.patience=1", "streams.fou.min_delta=0.02", "optim.scheduler=plateau", "optim.patience=0"]
+    overrides = [*SMALL, "trainer.epochs=4", *stop]
+    watched = train_ranks(2, overrides, tmp_path / "watched")[0]["saved"]
+    alone = train_ranks(2, [*overrides, "monitor.enabled=false"], tmp_path / "alone")[0]["saved"]
+    assert same(watched["model"], alone["model"])
+    assert watched["early_stopping"]["fou"]["best_epoch"] == alone["early_stopping"]["fou"]["best_epoch"]
+
+
+def test_a_plateau_counts_evaluations_not_epochs_without_one(tmp_path: Path) -> None:
+    rare = ["optim.scheduler=plateau", "optim.patience=1", "monitor.evaluate_every=3", "trainer.epochs=5"]
+    train([*SMALL, *rare], str(tmp_path))
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert {group["lr"] for group in saved["optimizer"]["param_groups"]} == {1e-3}
+
+
+def test_a_file_that_is_no_checkpoint_of_this_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
+    train([*SMALL, "trainer.epochs=1"], str(tmp_path / "run"))
+    other_model = [f"trainer.resume={tmp_path}/run/checkpoint.pt", "model.hidden=[8]"]
+    for overrides, text in (
+        ([f"trainer.resume={tmp_path}/text.pt"], "is no checkpoint"),
+        ([f"trainer.resume={tmp_path}/other.pt"], "holds no run of this application"),
+        (other_model, "is of another model"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            train([*SMALL, *overrides], str(tmp_path / "refused"))
+    assert not (tmp_path / "refused" / "metrics.jsonl").exists()
 
 
 def test_all_ranks_end_with_the_same_figures_and_findings(tmp_path: Path) -> None:

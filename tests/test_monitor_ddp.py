@@ -457,6 +457,20 @@ def test_an_overflow_under_a_scaler_is_counted_and_is_no_alarm() -> None:
     assert [f.rule for f in monitor.get_recommendations() if f.severity is Severity.error] == []
 
 
+def test_skipped_steps_are_said_and_enter_no_advice_until_all_of_them_are() -> None:
+    model, optimizer, scaler = scaled_model()
+    monitor = monitor_of(model, optimizer, delay=0)
+    advice = []
+    for overflow in (False, True, *[False] * 4, *[True] * 5):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, batch()) * (3e38 if overflow else 1.0)).backward()
+        monitor.step(scaler=scaler)
+        advice.append({finding.rule for finding in monitor.get_recommendations()})
+    assert monitor.history["step_skipped"] == [0.0, 1.0, *[0.0] * 4, *[1.0] * 5]
+    assert all("S-NF" not in rules for rules in advice[:-1])
+    assert "S-NF" in advice[-1]
+
+
 # Join: uneven inputs ----------------------------------------------------------------------------------------------
 
 

@@ -111,6 +111,16 @@ class Context:
         """The last values of a stream's figure, at most `count`."""
         return [entry.value for entry in self.history.tail(keys.of_stream(stream, figure), count)]
 
+    def gradients(self, stream: str, figure: str) -> list[float]:
+        """`recent` for a gradient's figure, without the steps that a GradScaler skipped: it is looking for its scale.
+
+        A window in which it skipped every step is no search any more, and comes as it is.
+        """
+        entries = self.history.tail(keys.of_stream(stream, figure), WINDOW)
+        skipped = {entry.step for entry in self.history.tail(keys.SKIPPED, WINDOW) if entry.value}
+        taken = [entry.value for entry in entries if entry.step not in skipped]
+        return [entry.value for entry in entries] if not taken and len(entries) == WINDOW else taken
+
     def entries(self, figure: str, *streams: str) -> int:
         """How many entries the window has so far; of several streams, the fewest."""
         return min(len(self.recent(stream, figure)) for stream in streams)
@@ -128,8 +138,8 @@ class Context:
         """
         seen: dict[str, dict[str, float]] = {}
         for stream in self.streams:
-            counts = self.recent(stream, keys.GRAD_NONFINITE)
-            norms = [norm for norm in self.recent(stream, keys.GRAD_NORM) if not math.isfinite(norm)]
+            counts = self.gradients(stream, keys.GRAD_NONFINITE)
+            norms = [norm for norm in self.gradients(stream, keys.GRAD_NORM) if not math.isfinite(norm)]
             if any(count > 0 for count in counts):
                 seen[stream] = {"elements": max(counts)}
             elif norms and not counts:
@@ -139,7 +149,7 @@ class Context:
     def grad_norms(self) -> dict[str, float]:
         """Each stream's mean gradient norm over the window, without the streams of `non_finite`."""
         sick = self.non_finite()
-        columns = {stream: self.recent(stream, keys.GRAD_NORM) for stream in self.streams}
+        columns = {stream: self.gradients(stream, keys.GRAD_NORM) for stream in self.streams}
         return {stream: mean(norms) for stream, norms in columns.items() if norms and stream not in sick}
 
     def now(self) -> int | None:

@@ -22,9 +22,10 @@ from torch import nn
 
 from ddp_streammon import keys
 from ddp_streammon.report import describe_action
+from ddp_streammon.streams import StreamSet
 from ddp_streammon.train.config import AppConfig, ConfigError, load
 from ddp_streammon.train.data import StreamData
-from ddp_streammon.train.loop import Result, run, seed_all
+from ddp_streammon.train.loop import Result, run, seed_all, stream_specs
 
 VERSION_BASE = "1.3"
 
@@ -50,12 +51,12 @@ def _application(config: DictConfig) -> None:
         settings = load(config)
         seed_all(settings.trainer.seed)
         data, model = data_and_model(config, settings)
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
+        plain = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(plain, dict)
+        result = run(settings, data, model, run_dir, {str(key): value for key, value in plain.items()})
     except ConfigError as error:
         raise SystemExit(f"configuration error: {error}") from None
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    result = run(settings, data, model, run_dir, {str(key): value for key, value in plain.items()})
     if _rank() == 0:
         print(where_to_look(result, settings, run_dir), flush=True)
 
@@ -139,6 +140,10 @@ def data_and_model(config: DictConfig, settings: AppConfig) -> tuple[StreamData,
     model = _instantiated("model", config.model, {"streams": data.streams, "num_classes": data.num_classes})
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model._target_ must give an nn.Module, got {type(model).__name__}")
+    try:
+        StreamSet.resolve(model, stream_specs(settings.streams))
+    except ValueError as error:
+        raise ConfigError(f"streams: {error}") from error
     return data, model
 
 

@@ -9,6 +9,12 @@ from typing import Any
 
 import numpy
 import torch
+from torch import nn
+
+from ddp_streammon.train.config import ConfigError
+
+KEYS = frozenset(("epoch", "model", "optimizer", "scaler", "schedulers", "monitor", "rng", "figures"))
+"""What tells a checkpoint of the application from other files."""
 
 
 def rng_state() -> dict[str, Any]:
@@ -41,7 +47,23 @@ def save(path: Path, state: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def load(path: str | Path, device: torch.device) -> dict[str, Any]:
-    """Read a checkpoint: tensors and plain values only, so that a file from elsewhere cannot run code."""
-    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+def load(path: str | Path, device: torch.device, model: nn.Module) -> dict[str, Any]:
+    """Read a checkpoint: tensors and plain values only, so that a file from elsewhere cannot run code.
+
+    Errors: ConfigError for a file that is no checkpoint of this application, or one of another model.
+    """
+    try:
+        state: Any = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch, zipfile and pickle each have their own
+        raise ConfigError(f"trainer.resume: {str(path)!r} is no checkpoint ({type(error).__name__})") from error
+    if not isinstance(state, dict) or not state.keys() >= KEYS:
+        raise ConfigError(f"trainer.resume: {str(path)!r} holds no run of this application; give its checkpoint.pt")
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    saved = {name: tensor.shape for name, tensor in state["model"].items()}
+    if own != saved:
+        names = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
+        raise ConfigError(
+            f"trainer.resume: {str(path)!r} is of another model ({', '.join(names[:3])} and their like differ): "
+            "resume with the configuration that it was trained with"
+        )
     return state

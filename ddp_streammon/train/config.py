@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ddp_streammon import keys
 from ddp_streammon.config import MonitorConfig, RuleSet, Severity
+from ddp_streammon.sinks.wandb import MODES
 from ddp_streammon.train.early_stopping import Criteria
 from ddp_streammon.train.optim import Schedule, StreamOptim
 
@@ -141,6 +142,8 @@ class MonitorSection:
 
     def __post_init__(self) -> None:
         _at_least("monitor", self, every=1, evaluate_every=1)
+        if self.max_batches is not None:
+            _at_least("monitor", self, max_batches=1)
 
 
 @dataclass
@@ -172,6 +175,11 @@ class WandbSection:
     run_id: str | None = None
     log_every: int = 10
     alerts: bool | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("sinks.wandb", self, log_every=1)
+        if self.mode not in MODES:
+            raise ValueError(f"sinks.wandb.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
 
 
 @dataclass

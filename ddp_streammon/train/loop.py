@@ -99,6 +99,11 @@ class Training:
         stopped = set(self.early_stopping.frozen) if self.early_stopping is not None else set()
         return bool(stopped) and all(name in stopped or stream.frozen for name, stream in self.config.streams.items())
 
+    @property
+    def follows_metrics(self) -> bool:
+        """Whether the learning rates follow figures, which are new in epochs with an evaluation only."""
+        return self.schedulers is not None and self.schedulers.schedule.kind == "plateau"
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = _DTYPES.get(self.config.trainer.precision)
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
@@ -126,7 +131,7 @@ def run(config: AppConfig, data: StreamData, model: nn.Module, run_dir: Path, se
         try:
             _train(training)
             if data.test is not None:
-                training.figures |= _whole_model(training, "test", data.test)
+                training.figures |= _evaluated(training, "test", data.test)
             exit_code = 0
         finally:
             if training.monitor is not None:
@@ -173,7 +178,7 @@ def build(
     device: torch.device,
 ) -> Training:
     model.to(device)
-    specs = _stream_specs(config.streams)
+    specs = stream_specs(config.streams)
     streams = StreamSet.resolve(model, specs)
     for name, section in config.streams.items():
         if section.frozen:
@@ -197,7 +202,7 @@ def build(
         )
     patience = {n: Criteria(s.patience, s.min_delta) for n, s in config.streams.items() if s.patience is not None}
     modules = {name: [model.get_submodule(path) for path in streams[name].roots] for name in streams.user_names}
-    saved = checkpoint.load(config.trainer.resume, device) if config.trainer.resume else None
+    saved = checkpoint.load(config.trainer.resume, device, model) if config.trainer.resume else None
     monitor, wandb_sink = None, None
     if config.monitor.enabled:
         sinks, wandb_sink = _sinks(config, run_dir, saved) if collective.topology.rank == 0 else ([], None)
@@ -232,7 +237,7 @@ def build(
     return training
 
 
-def _stream_specs(sections: Mapping[str, StreamSection]) -> dict[str, StreamLike]:
+def stream_specs(sections: Mapping[str, StreamSection]) -> dict[str, StreamLike]:
     """Stream name -> its parameter patterns; the name itself where the configuration gives none."""
     return {name: StreamSpec(patterns=tuple(section.patterns or (name,))) for name, section in sections.items()}
 
@@ -381,7 +386,8 @@ def evaluate(training: Training, sums: Sums) -> None:
     train_loss, train_acc = (sums.loss.item(), items), (sums.correct.item(), items)
     monitor = training.monitor
     if monitor is None:
-        training.figures = _whole_model(training, "val", training.data.validation)
+        needed = training.early_stopping is not None or training.follows_metrics
+        training.figures = _evaluated(training, "val", training.data.validation, alone=needed)
         return
     figures = monitor.compute_stream_overfitting_indicators(
         train_loss,
@@ -401,16 +407,22 @@ def evaluate(training: Training, sums: Sums) -> None:
     training.figures = figures
 
 
-def _whole_model(training: Training, split: str, dataset: Any) -> dict[str, float]:
-    """`full_<split>_loss` and `full_<split>_acc` over a sharded data set. Comm: as `evaluation.measure`."""
+def _evaluated(training: Training, split: str, dataset: Any, *, alone: bool = False) -> dict[str, float]:
+    """`full_<split>_loss` and `full_<split>_acc` over a sharded data set, and with `alone` each stream's.
+
+    Comm: as `evaluation.measure`.
+    """
     items = Items(_eval_loader(training, dataset), f"the {split} set")
-    kept: dict[str, Sequence[str]] = {keys.FULL: training.streams.user_names}
+    names = training.streams.user_names
+    kept: dict[str, Sequence[str]] = {keys.FULL: names}
+    if alone:
+        kept |= {name: (name,) for name in names}
     result = measure(training.streams, training.collective, {split: items}, _score(training), kept=kept)
-    full = result.figures[split][keys.FULL]
-    return {
-        keys.of_stream(keys.FULL, f"{split}_loss"): full["loss"],
-        keys.of_stream(keys.FULL, f"{split}_acc"): full["correct"],
-    }
+    values = {}
+    for variant, figures in result.figures[split].items():
+        values[keys.of_stream(variant, f"{split}_loss")] = figures["loss"]
+        values[keys.of_stream(variant, f"{split}_acc")] = figures["correct"]
+    return values
 
 
 def _schedule(training: Training) -> None:
@@ -424,7 +436,7 @@ def _schedule(training: Training) -> None:
         for name in training.early_stopping.update(accuracy, training.epoch):
             if training.rank == 0:
                 _log.info("stream %s stopped after epoch %d: best weights restored", name, training.epoch)
-    if training.schedulers is not None:
+    if training.schedulers is not None and (evaluated or not training.follows_metrics):
         training.schedulers.step(accuracy)
 
 
