@@ -7,7 +7,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -17,18 +17,24 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from ddp_streammon import keys, stats
-from ddp_streammon.collective import Collective, Reduction
+from ddp_streammon.collective import Collective
 from ddp_streammon.config import MonitorConfig, RuleSet
-from ddp_streammon.evaluation import EvalStats, Items, Score, activation_moments, classification, measure
+from ddp_streammon.evaluation import (
+    Items,
+    Score,
+    activation_moments,
+    classification,
+    measure,
+    overfitting_values,
+    split_values,
+)
 from ddp_streammon.history import History
-from ddp_streammon.moments import moments
-from ddp_streammon.packet import Layout
+from ddp_streammon.measurement import GradientMeter, Measurement, Plan
 from ddp_streammon.report import Outcome, Report, RunInfo, Sink, summary_text
 from ddp_streammon.rules import exact, guide
 from ddp_streammon.rules.finding import Finding, StreamSettings
-from ddp_streammon.shards import full_shares, shares
 from ddp_streammon.sinks import FanOut, WandbSink, active_wandb_run
-from ddp_streammon.stats import Figures, ScalarLike, StepStats, Total
+from ddp_streammon.stats import Figures, ScalarLike, Total
 from ddp_streammon.streams import StreamLike, StreamSet
 from ddp_streammon.weights import weight_figures
 
@@ -37,44 +43,6 @@ _log = logging.getLogger("ddp_streammon")
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 Mean = float | tuple[float, float] | None
 """A rank's mean, or its (sum, weight); None: the whole model's, from the evaluation at hand."""
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a measurement's packet holds; fixed, so worked out once."""
-
-    streams: tuple[str, ...]
-    scalars: Mapping[str, bool]
-    """The user's numbers, and whether each is added up."""
-    layout: Layout
-    names: tuple[str, ...]
-    """The keys of its figures."""
-
-    @classmethod
-    def of(cls, streams: tuple[str, ...], scalars: Mapping[str, bool], world_size: int) -> _Plan:
-        layout = stats.step_layout(streams, tuple(scalars), world_size)
-        return cls(streams, scalars, layout, stats.step_keys(streams, scalars))
-
-
-@dataclass
-class _Pending:
-    """A measured step whose sum over ranks is under way."""
-
-    call: int
-    plan: _Plan
-    reduction: Reduction
-    shadow: bool
-    result: StepStats | None = None
-
-    def read(self) -> StepStats:
-        """The step's figures; waits for the collective the first time."""
-        if self.result is None:
-            sums = self.plan.layout.unpack(self.reduction.wait())
-            self.result = stats.step_stats(sums, self.plan.streams, self.plan.scalars, self.call)
-        return self.result
-
-    def figures(self) -> Figures:
-        return Figures(self.plan.names, lambda: self.read().values())
 
 
 class StreamMonitor(Joinable):
@@ -115,13 +83,11 @@ class StreamMonitor(Joinable):
         self.history = History(self.config.history_limit)
         self.epoch: float | None = None
         self._collective = Collective(group)
-        self._shares = shares(self.streams, model, self._collective.topology)
-        self._full_shares = full_shares(self.streams, self._collective.topology)
-        self._device = next(self.streams.model.parameters()).device
+        self._meter = GradientMeter(self.streams, model, self._collective, self._optimizers)
         self._calls = 0
-        self._plan: _Plan | None = None
-        self._gradient_plan = _Plan.of(self.streams.names, {}, self._collective.topology.world_size)
-        self._pending: deque[_Pending] = deque()
+        self._plan: Plan | None = None
+        self._gradient_plan = self._meter.plan({})
+        self._pending: deque[Measurement] = deque()
         self._standing: list[Finding] = []
         self._findings: dict[str, Finding] = {}
         self._closed = False
@@ -205,7 +171,15 @@ class StreamMonitor(Joinable):
                     f"({', '.join(known) or 'none'}); name it there too, with None if it has no value yet",
                     stacklevel=3,
                 )
-            pending = self._measure(self._plan, numbers, samples, scaler)
+            pending = self._meter.measure(
+                self._plan,
+                self._calls,
+                numbers,
+                samples,
+                scaler,
+                epoch=self.epoch,
+                in_full=self._join_config.enable,
+            )
             self._pending.append(pending)
             figures = pending.figures()
         while self._pending and self._pending[0].call + self.config.delay <= self._calls:
@@ -232,7 +206,7 @@ class StreamMonitor(Joinable):
         """
         source = items if isinstance(items, Items) else Items(items, "items", sharded, max_batches)
         result = measure(self.streams, self._collective, {split: source}, score or classification())
-        values = _split_values(result, split)
+        values = split_values(result, split)
         self._record_epoch(values)
         return Figures(values, lambda: values)
 
@@ -245,13 +219,13 @@ class StreamMonitor(Joinable):
         Call it between backward and zero_grad. The figures are yours: they enter `history` by `log_metrics`.
         Comm: one all_reduce(SUM). Sync: none until a figure is read.
         """
-        if not any(item.parameter.grad is not None for stream in self.streams.streams for item in stream.parameters):
+        if not self._meter.any_gradient():
             warnings.warn(
                 "no gradients: no parameter has one, so norms are nan; call this after backward() and before "
                 "zero_grad()",
                 stacklevel=2,
             )
-        return self._measure(self._gradient_plan, {}, None, scaler).figures()
+        return self._meter.measure(self._gradient_plan, self._calls, {}, None, scaler, epoch=self.epoch).figures()
 
     def compute_stream_weights(self) -> Figures:
         """Each stream's weights now: `X_weight_norm`, `X_weight_mean`, `X_weight_element_mean`, and their ratio.
@@ -259,7 +233,7 @@ class StreamMonitor(Joinable):
         Biases are left out; see `weights.weight_figures` for what each mean is over.
         Comm: one all_reduce(SUM). Sync: none until a figure is read.
         """
-        return weight_figures(self.streams, self._shares, self._collective, self._device)
+        return weight_figures(self.streams, self._meter.shares, self._collective, self._meter.device)
 
     def compute_stream_activations(self, *inputs: Any) -> Figures:
         """Mean and standard deviation of the outputs of each stream's stages for `inputs` (one a stream).
@@ -315,7 +289,7 @@ class StreamMonitor(Joinable):
             if number is not None
         }
         result = measure(self.streams, self._collective, splits, score or classification(), scalars=pairs)
-        values = _overfitting_values(result, self.streams.user_names)
+        values = overfitting_values(result, self.streams.user_names)
         return Figures(values, lambda: values)
 
     def log_metrics(self, epoch: float, metrics: Mapping[str, float]) -> None:
@@ -404,7 +378,7 @@ class StreamMonitor(Joinable):
     @property
     def join_device(self) -> torch.device:
         """The model's device."""
-        return self._device
+        return self._meter.device
 
     @property
     def join_process_group(self) -> Any:
@@ -413,7 +387,7 @@ class StreamMonitor(Joinable):
 
     # Wiring ----------------------------------------------------------------------------------------------------
 
-    def _agree(self, numbers: Mapping[str, ScalarLike | None]) -> _Plan:
+    def _agree(self, numbers: Mapping[str, ScalarLike | None]) -> Plan:
         """The plan of every step: the user's numbers that any rank names. Comm: one all_gather_object."""
         own = {name: value is not None and stats.is_total(value) for name, value in numbers.items()}
         sent = {name for name, value in numbers.items() if value is not None}
@@ -431,47 +405,9 @@ class StreamMonitor(Joinable):
         if taken:
             raise ValueError(f"{taken[0]!r} is the key of a figure of the monitor's own; give your number another name")
         scalars = {name: any(mine.get(name, False) for _, mine in everyone) for name in names}
-        return _Plan.of(self.streams.names, scalars, self._collective.topology.world_size)
+        return self._meter.plan(scalars)
 
-    def _measure(
-        self,
-        plan: _Plan,
-        numbers: Mapping[str, ScalarLike | None],
-        samples: float | Tensor | None,
-        scaler: torch.amp.GradScaler | None,
-        *,
-        shadow: bool = False,
-    ) -> _Pending:
-        """Statistics, pack, and the start of the one all_reduce."""
-        device = self._collective.device_for(self._device)
-        if shadow:
-            packet = plan.layout.zeros(device)
-        else:
-            # Under Join another rank may have stopped: it holds no gradients, so its share would be missing.
-            read = self._full_shares if self._join_config.enable else self._shares
-            table = moments(read, len(plan.streams), lambda parameter: parameter.grad, self._device)
-            scaled = scaler is not None and scaler.is_enabled()
-            if scaler is not None and scaled:
-                table = stats.unscale(table, self._inverse_scale(scaler))
-            cells, bad = stats.scalar_cells(tuple(plan.scalars), numbers, samples, self._device)
-            fields = stats.step_fields(table, cells, bad, epoch=self.epoch, scaled=scaled)
-            packet = plan.layout.pack(fields, self._collective.topology.rank, self._device).to(device)
-        return _Pending(self._calls, plan, self._collective.all_reduce(packet), shadow)
-
-    def _inverse_scale(self, scaler: torch.amp.GradScaler) -> float | Tensor:
-        """1 / the loss scale, on its device; 1 where the scaler has unscaled these gradients already.
-
-        `GradScaler.get_scale()` would wait for the device, and the stage is not public: torch/amp/grad_scaler.py.
-        """
-        known = {id(optimizer) for optimizer in self._optimizers}
-        states = scaler._per_optimizer_states.items()
-        stages = [state["stage"].name for optimizer, state in states if optimizer in known or not known]
-        scale = scaler._scale
-        if scale is None or any(stage != "READY" for stage in stages):
-            return 1.0
-        return scale.double().reciprocal()
-
-    def _arrive(self, pending: _Pending) -> None:
+    def _arrive(self, pending: Measurement) -> None:
         """A measured step enters History and the sinks."""
         step = pending.read()
         if pending.shadow:
@@ -518,7 +454,7 @@ class StreamMonitor(Joinable):
             self._plan = self._agree({})
         self._calls += 1
         if (self._calls - 1) % self.config.every == 0:
-            self._pending.append(self._measure(self._plan, {}, None, None, shadow=True))
+            self._pending.append(self._meter.shadow(self._plan, self._calls))
         while self._pending and self._pending[0].call + self.config.delay <= self._calls:
             self._arrive(self._pending.popleft())
 
@@ -533,44 +469,6 @@ class _Shadow(JoinHook):
     def post_hook(self, is_last_joiner: bool) -> None:
         """All ranks are done: what is under way arrives on all of them, before a rank knows of another epoch."""
         self._monitor.flush()
-
-
-_FIGURE_NAMES = {"correct": "acc"}
-"""A mean of `correct` is an accuracy."""
-
-
-def _split_values(result: EvalStats, split: str) -> dict[str, float]:
-    """`{"full": {"loss": 1.2}, "rgb": ...}` of a split as `full_val_loss`, `rgb_val_loss`, `rgb_without_val_loss`."""
-    values = {}
-    for variant, figures in result.figures[split].items():
-        without = variant.startswith(keys.WITHOUT)
-        stream = variant.removeprefix(keys.WITHOUT)
-        for figure, value in figures.items():
-            name = f"{split}_{_FIGURE_NAMES.get(figure, figure)}"
-            values[keys.of_stream(stream, keys.WITHOUT + name if without else name)] = value
-    return values
-
-
-def _overfitting_values(result: EvalStats, names: Sequence[str]) -> dict[str, float]:
-    values: dict[str, float] = {}
-    for split in ("train", "val"):
-        values |= _split_values(result, split)
-    for figure in keys.SPLIT_FIGURES:
-        values[figure] = result.scalars.get(figure, values.get(keys.of_stream(keys.FULL, figure), math.nan))
-    for name in (keys.FULL, *names):
-        split_figures = (values.get(keys.of_stream(name, of), math.nan) for of in keys.SPLIT_FIGURES)
-        train_acc, val_acc, train_loss, val_loss = split_figures
-        acc_gap, loss_gap = train_acc - val_acc, val_loss - train_loss
-        values[keys.of_stream(name, keys.ACC_GAP)] = acc_gap
-        values[keys.of_stream(name, keys.LOSS_GAP)] = loss_gap
-        score = loss_gap if math.isnan(acc_gap) else acc_gap + loss_gap  # no accuracy: a regression, say
-        values[keys.of_stream(name, keys.OVERFITTING_SCORE)] = score
-    for a, b in keys.pairs(names):
-        scores = [values[keys.of_stream(name, keys.OVERFITTING_SCORE)] for name in (a, b)]
-        values[keys.overfit_ratio(a, b)] = stats.ratio(*scores) if min(scores) > 0 else math.nan
-    values[keys.FULL_MODEL_LOSS_GAP] = values[keys.VAL_LOSS] - values[keys.TRAIN_LOSS]
-    values[keys.FULL_MODEL_ACC_GAP] = values[keys.TRAIN_ACC] - values[keys.VAL_ACC]
-    return values
 
 
 def watch(

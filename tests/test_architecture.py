@@ -16,8 +16,8 @@ from ddp_streammon import keys
 
 ROOT = Path(ddp_streammon.__file__).parent
 STREET = (
-    *("config", "keys", "streams", "shards", "moments", "packet", "collective", "stats", "weights", "evaluation"),
-    *("history", "rules", "report", "sinks", "actions", "monitor", "adapters", "train"),
+    *("config", "keys", "streams", "shards", "moments", "packet", "collective", "stats", "weights", "measurement"),
+    *("evaluation", "history", "rules", "report", "sinks", "actions", "monitor", "adapters", "train"),
 )
 """A module imports only from modules before it; inside a package siblings are fine."""
 OPTIONAL = ("hydra", "omegaconf", "wandb", "matplotlib", "lightning", "transformers")

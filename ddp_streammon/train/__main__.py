@@ -28,6 +28,8 @@ from ddp_streammon.train.data import StreamData
 from ddp_streammon.train.loop import Result, run, seed_all, stream_specs
 
 VERSION_BASE = "1.3"
+OPEN = ("streams", "optim.streams", "data", "model")
+"""Mappings that take keys of the user's."""
 
 
 def conf_dir() -> str:
@@ -58,7 +60,7 @@ def _application(config: DictConfig) -> None:
     except ConfigError as error:
         raise SystemExit(f"configuration error: {error}") from None
     if _rank() == 0:
-        print(where_to_look(result, settings, run_dir), flush=True)
+        print(where_to_look(result, run_dir), flush=True)
 
 
 def main() -> None:
@@ -114,10 +116,9 @@ def explain(arguments: list[str]) -> str:
                 names = [str(name) for name in node]
                 near = keys.nearest(part, names)
                 where = ".".join(walked) or "the configuration"
-                lines.append(
-                    f"unknown key {path!r}: {where} has {', '.join(names)}; nearest: {', '.join(near)}. "
-                    f"To add a key (a stream of your own, say) write +{override}"
-                )
+                lines.append(f"unknown key {path!r}: {where} has {', '.join(names)}; nearest: {', '.join(near)}.")
+                if where in OPEN:
+                    lines[-1] += f" To add one of your own write +{override}"
                 break
             node = node._get_node(part)
             walked.append(part)
@@ -169,11 +170,11 @@ def _parameters(target: str) -> set[str]:
 _SHOWN = ("full_train_acc", "full_val_acc", "full_val_loss", "full_test_acc")
 
 
-def where_to_look(result: Result, settings: AppConfig, run_dir: Path) -> str:
+def where_to_look(result: Result, run_dir: Path) -> str:
     """The last lines of a run: its figures, what stands, and its records."""
     figures = ", ".join(f"{key} {result.figures[key]:.4f}" for key in _SHOWN if key in result.figures)
     lines = ["", f"Done: {figures}"]
-    if settings.monitor.enabled:
+    if result.findings:
         lines.append("Recommendations:")
         for finding in result.findings:
             action = f"  [{describe_action(finding.action, 'hydra')}]" if finding.action else ""

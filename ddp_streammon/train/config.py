@@ -269,6 +269,12 @@ def load(config: DictConfig) -> AppConfig:
         raise ConfigError(
             f"optim.streams.{strangers[0]}: there is no such stream; streams: {', '.join(streams)}, {keys.SHARED}"
         )
+    for name, section in streams.items():
+        if section.frozen and stream_optims.get(name, StreamOptimSection()) != StreamOptimSection():
+            raise ConfigError(
+                f"optim.streams.{name} has settings, but streams.{name}.frozen says that it is not trained: "
+                "drop one of them"
+            )
     loaded.streams = streams
     loaded.optim.streams = stream_optims
     try:

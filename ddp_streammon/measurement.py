@@ -1,0 +1,131 @@
+"""One measured step: statistics, pack, and the start of the one all_reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ddp_streammon import stats
+from ddp_streammon.collective import Collective, Reduction
+from ddp_streammon.moments import moments
+from ddp_streammon.packet import Layout
+from ddp_streammon.shards import full_shares, shares
+from ddp_streammon.stats import Figures, ScalarLike, StepStats
+from ddp_streammon.streams import StreamSet
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a measurement's packet holds; fixed, so worked out once."""
+
+    streams: tuple[str, ...]
+    scalars: Mapping[str, bool]
+    """The user's numbers, and whether each is added up."""
+    layout: Layout
+    names: tuple[str, ...]
+    """The keys of its figures."""
+
+    @classmethod
+    def of(cls, streams: tuple[str, ...], scalars: Mapping[str, bool], world_size: int) -> Plan:
+        """The plan for these streams and numbers."""
+        layout = stats.step_layout(streams, tuple(scalars), world_size)
+        return cls(streams, scalars, layout, stats.step_keys(streams, scalars))
+
+
+@dataclass
+class Measurement:
+    """A measured step whose sum over ranks is under way."""
+
+    call: int
+    plan: Plan
+    reduction: Reduction
+    shadow: bool
+    """Whether this rank had nothing to measure, and only took part."""
+    result: StepStats | None = None
+
+    def read(self) -> StepStats:
+        """The step's figures; waits for the collective the first time."""
+        if self.result is None:
+            sums = self.plan.layout.unpack(self.reduction.wait())
+            self.result = stats.step_stats(sums, self.plan.streams, self.plan.scalars, self.call)
+        return self.result
+
+    def figures(self) -> Figures:
+        """The same under their keys; waits when read."""
+        return Figures(self.plan.names, lambda: self.read().values())
+
+
+class GradientMeter:
+    """Measures the gradients of a model's streams, this rank's share of them, and sums over ranks."""
+
+    def __init__(
+        self,
+        streams: StreamSet,
+        model: nn.Module,
+        collective: Collective,
+        optimizers: Sequence[torch.optim.Optimizer],
+    ) -> None:
+        """`model` as it is trained, wrappers included: they say which gradients are equal on all ranks."""
+        self.device = next(streams.model.parameters()).device
+        self.shares = shares(streams, model, collective.topology)
+        self._full_shares = full_shares(streams, collective.topology)
+        self._streams = streams
+        self._collective = collective
+        self._optimizers = {id(optimizer) for optimizer in optimizers}
+
+    def plan(self, scalars: Mapping[str, bool]) -> Plan:
+        """The plan of a packet that carries these numbers of the user's."""
+        return Plan.of(self._streams.names, scalars, self._collective.topology.world_size)
+
+    def any_gradient(self) -> bool:
+        """Whether any parameter has a gradient on this rank."""
+        return any(p.parameter.grad is not None for stream in self._streams.streams for p in stream.parameters)
+
+    def measure(
+        self,
+        plan: Plan,
+        call: int,
+        numbers: Mapping[str, ScalarLike | None],
+        samples: float | Tensor | None,
+        scaler: torch.amp.GradScaler | None,
+        *,
+        epoch: float | None,
+        in_full: bool = False,
+    ) -> Measurement:
+        """Measure now. `in_full`: read everything here, since another rank may have stopped (`Join`) and holds none.
+
+        Comm: one all_reduce(SUM). Sync: none.
+        """
+        read = self._full_shares if in_full else self.shares
+        table = moments(read, len(plan.streams), lambda parameter: parameter.grad, self.device)
+        scaled = scaler is not None and scaler.is_enabled()
+        if scaler is not None and scaled:
+            table = stats.unscale(table, self._inverse_scale(scaler))
+        cells, bad = stats.scalar_cells(tuple(plan.scalars), numbers, samples, self.device)
+        fields = stats.step_fields(table, cells, bad, epoch=epoch, scaled=scaled)
+        packet = plan.layout.pack(fields, self._collective.topology.rank, self.device)
+        return self._sent(plan, call, packet, shadow=False)
+
+    def shadow(self, plan: Plan, call: int) -> Measurement:
+        """Take part with nothing to say. Comm: one all_reduce(SUM). Sync: none."""
+        return self._sent(plan, call, plan.layout.zeros(self.device), shadow=True)
+
+    def _sent(self, plan: Plan, call: int, packet: Tensor, *, shadow: bool) -> Measurement:
+        reduction = self._collective.all_reduce(packet.to(self._collective.device_for(self.device)))
+        return Measurement(call, plan, reduction, shadow)
+
+    def _inverse_scale(self, scaler: torch.amp.GradScaler) -> float | Tensor:
+        """1 / the loss scale, on its device; 1 where the scaler has unscaled these gradients already.
+
+        `GradScaler.get_scale()` would wait for the device, and the stage is not public: torch/amp/grad_scaler.py.
+        """
+        known = self._optimizers
+        states = scaler._per_optimizer_states.items()
+        stages = [state["stage"].name for optimizer, state in states if optimizer in known or not known]
+        scale = scaler._scale
+        if scale is None or any(stage != "READY" for stage in stages):
+            return 1.0
+        return scale.double().reciprocal()
