@@ -276,7 +276,8 @@ class Figures(Mapping[str, float]):
 
     def __getitem__(self, key: str) -> float:
         if key not in self._names:
-            raise KeyError(f"no figure {key!r}; nearest: {', '.join(keys.nearest(key, self._names))}")
+            near = ", ".join(keys.nearest(key, self._names)) or "none: this step was not measured (see `every`)"
+            raise KeyError(f"no figure {key!r}; nearest: {near}")
         return self._read()[key]
 
     def __contains__(self, key: object) -> bool:

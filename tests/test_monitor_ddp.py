@@ -291,6 +291,8 @@ def test_steps_that_every_leaves_out_give_nothing_and_are_counted() -> None:
     assert [len(monitor.step(loss=1.0)) for _ in range(7)] == [23, 0, 0, 23, 0, 0, 23]
     assert [entry.step for entry in monitor.history.series("loss")] == [1, 4, 7]
     assert monitor.calls == 7
+    with pytest.raises(KeyError, match="no figure 'loss'; nearest: none: this step was not measured"):
+        monitor.step(loss=1.0)["loss"]
 
 
 # The user's own numbers -------------------------------------------------------------------------------------------
