@@ -35,7 +35,7 @@ from ddp_streammon.rules import exact, guide
 from ddp_streammon.rules.finding import Finding, StreamSettings
 from ddp_streammon.sinks import FanOut, WandbSink, active_wandb_run
 from ddp_streammon.stats import Figures, ScalarLike, Total
-from ddp_streammon.streams import StreamLike, StreamSet
+from ddp_streammon.streams import StreamLike, StreamSet, unwrap
 from ddp_streammon.weights import weight_figures
 
 _log = logging.getLogger("ddp_streammon")
@@ -56,8 +56,11 @@ class StreamMonitor(Joinable):
     all ranks or by none. Works the same without a process group. It draws no random number and changes neither
     weights nor gradients nor modes.
 
-    `streams`: see `StreamSet.resolve`. `sinks` are used on rank 0 only; `name` and `run` (its configuration) describe
-    the run to them. Building it is one all_gather_object, which tells every rank of a sink that cannot be opened.
+    `optimizer`: one or several, for learning rates and the GradScaler's stage; by default the model's own `optimizer`,
+    if it has one. `streams`: see `StreamSet.resolve`. `sinks` are used on rank 0 only; `name` and `run` (its
+    configuration) describe the run to them.
+
+    Building it is one all_gather_object, which tells every rank of a sink that cannot be opened.
     """
 
     def __init__(
@@ -75,10 +78,7 @@ class StreamMonitor(Joinable):
         super().__init__()
         self.config = config or MonitorConfig()
         self.model = model
-        if optimizer is None:
-            self._optimizers: tuple[torch.optim.Optimizer, ...] = ()
-        else:
-            self._optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
+        self._optimizers = _optimizers(model, optimizer)
         self.streams = StreamSet.resolve(model, streams, self._optimizers)
         self.history = History(self.config.history_limit)
         self.epoch: float | None = None
@@ -457,6 +457,14 @@ class StreamMonitor(Joinable):
             self._pending.append(self._meter.shadow(self._plan, self._calls))
         while self._pending and self._pending[0].call + self.config.delay <= self._calls:
             self._arrive(self._pending.popleft())
+
+
+def _optimizers(model: nn.Module, given: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimizers given, or the one that the model holds as its `optimizer`, as the guide's compiled models do."""
+    if given is None:
+        found = getattr(unwrap(model), "optimizer", None)
+        return (found,) if isinstance(found, torch.optim.Optimizer) else ()
+    return (given,) if isinstance(given, torch.optim.Optimizer) else tuple(given)
 
 
 class _Shadow(JoinHook):

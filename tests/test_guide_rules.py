@@ -331,7 +331,7 @@ def test_the_bounds_of_the_scenarios(columns: dict[str, float], rule: str, fires
     assert (rule in [finding.rule for finding in advice(columns)]) is fires
 
 
-# --- the defects of the original, seed.md section 2 ---
+# --- the defects of the original ---
 
 
 def test_defect_1_stream2_all_zero_raised_zero_division_error() -> None:

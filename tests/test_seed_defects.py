@@ -1,4 +1,4 @@
-"""The 22 defects of the original StreamMonitor, each confirmed by running it (shared/seed.md section 2): one test each.
+"""The 22 defects of the original StreamMonitor, each confirmed by running it: one test each.
 
 `old_...` is what the original computed there, where that is a line or two.
 """

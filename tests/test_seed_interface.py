@@ -37,7 +37,7 @@ def images(count: int = 12, streams: int = 2, seed: int = 0) -> TensorDataset:
 
 
 def seed_keys(names: tuple[str, ...]) -> dict[str, set[str]]:
-    """Section 1 of shared/seed.md: the keys of each call."""
+    """The keys of each call, as the guide names them."""
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     two = len(names) == 2
     gradient = ("grad_norm", "grad_max", "params")
@@ -335,3 +335,14 @@ def test_the_plotting_code(tmp_path: Path) -> None:
     plt.savefig(tmp_path / "stream_monitoring.png")
     plt.close()
     assert (tmp_path / "stream_monitoring.png").stat().st_size > 10_000
+
+
+def test_a_compiled_models_own_optimizer_gives_recommendations_their_action() -> None:
+    net = resnet().compile("adamw", learning_rate=1e-3, stream1_lr=4e-4)
+    monitor = StreamMonitor(net)
+    assert "0.0004" in monitor.inventory()
+    monitor.log_metrics(0, {"stream1_grad_norm": 4.0, "stream2_grad_norm": 1.0})
+    (finding,) = (finding for finding in monitor.get_recommendations() if finding.rule == "S-GR")
+    assert finding == "⚠️  Stream1 gradients 4.0x larger than Stream2 - consider reducing stream1_lr"
+    assert finding.action is not None
+    assert (finding.action.setting, finding.action.stream, finding.action.value) == ("lr", "stream1", 2e-4)
