@@ -182,8 +182,7 @@ class StreamMonitor(Joinable):
             )
             self._pending.append(pending)
             figures = pending.figures()
-        while self._pending and self._pending[0].call + self.config.delay <= self._calls:
-            self._arrive(self._pending.popleft())
+        self._bring_in()
         return figures
 
     def evaluate(
@@ -407,6 +406,11 @@ class StreamMonitor(Joinable):
         scalars = {name: any(mine.get(name, False) for _, mine in everyone) for name in names}
         return self._meter.plan(scalars)
 
+    def _bring_in(self) -> None:
+        """What was measured `delay` calls ago, or earlier, arrives now: at the same call on every rank."""
+        while self._pending and self._pending[0].call + self.config.delay <= self._calls:
+            self._arrive(self._pending.popleft())
+
     def _arrive(self, pending: Measurement) -> None:
         """A measured step enters History and the sinks."""
         step = pending.read()
@@ -455,8 +459,7 @@ class StreamMonitor(Joinable):
         self._calls += 1
         if (self._calls - 1) % self.config.every == 0:
             self._pending.append(self._meter.shadow(self._plan, self._calls))
-        while self._pending and self._pending[0].call + self.config.delay <= self._calls:
-            self._arrive(self._pending.popleft())
+        self._bring_in()
 
 
 def _optimizers(model: nn.Module, given: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
