@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddp_streammon import stats
 from ddp_streammon.collective import Collective, Reduction
-from ddp_streammon.moments import ABS_MAX, SQ_SUM, SUM, moments
+from ddp_streammon.moments import ABS_MAX, SQ_SUM, SUM, reader
 from ddp_streammon.packet import Layout
 from ddp_streammon.shards import full_shares, shares
 from ddp_streammon.stats import BAD, MAXIMA, MOMENTS, SCALARS, STATE, Figures, ScalarLike, StepStats, Total
@@ -73,7 +73,9 @@ class GradientMeter:
         """`model` as it is trained, wrappers included: they say which gradients are equal on all ranks."""
         self.device = next(streams.model.parameters()).device
         self.shares = shares(streams, model, collective.topology)
-        self._full_shares = full_shares(streams, collective.topology)
+        everything = full_shares(streams, collective.topology)
+        self._read = reader(self.shares, len(streams.streams), self.device)
+        self._read_in_full = reader(everything, len(streams.streams), self.device)
         self._streams = streams
         self._collective = collective
         self._optimizers = {id(optimizer) for optimizer in optimizers}
@@ -101,8 +103,8 @@ class GradientMeter:
 
         Comm: one all_reduce(SUM). Sync: none.
         """
-        read = self._full_shares if in_full else self.shares
-        table = moments(read, len(plan.streams), lambda parameter: parameter.grad, self.device)
+        read = self._read_in_full if in_full else self._read
+        table = read(lambda parameter: parameter.grad)
         scaled = scaler is not None and scaler.is_enabled()
         if scaler is not None and scaled:
             table = unscale(table, self._inverse_scale(scaler))

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddp_streammon.shards import Piece, Share
 
@@ -32,16 +33,19 @@ DEVICE_BLOCK = 4_194_304
 """The same on other devices, where it bounds the memory taken beside the gradients: 32 MiB a copy."""
 
 
+Source: TypeAlias = Callable[[nn.Parameter], Tensor | None]
+"""The tensor to read for a parameter: its gradient, or itself; None is "no gradient"."""
+
+
 def moments(
     shares: Sequence[Share],
     num_streams: int,
-    source: Callable[[torch.nn.Parameter], Tensor | None],
+    source: Source,
     device: torch.device,
 ) -> Tensor:
     """The figures of what this rank reads.
 
-    `source` gives the tensor to read for a parameter: its gradient, or itself; None is "no gradient". Non-finite
-    values are counted and left out of the sums and the abs-max.
+    Non-finite values are counted and left out of the sums and the abs-max.
 
     Shape: [S, 6] float64 on `device`: sum, sum of squares, non-finite count, elements, tensors, abs-max.
     Comm: none. Sync: none on the parameters' device (on CPU there is nothing to wait for).
@@ -60,7 +64,7 @@ def moments(
 def _on_device(
     shares: Sequence[Share],
     num_streams: int,
-    source: Callable[[torch.nn.Parameter], Tensor | None],
+    source: Source,
     device: torch.device,
 ) -> Tensor:
     """`moments` without waiting for the device: every number but the counts stays there."""
@@ -95,9 +99,7 @@ class _Group:
         return torch.cat([*self.tensors, first.new_zeros(padding)])
 
 
-def _blocks(
-    pieces: Iterable[Piece], source: Callable[[torch.nn.Parameter], Tensor | None]
-) -> Iterable[tuple[int, Tensor, int, int]]:
+def _blocks(pieces: Iterable[Piece], source: Source) -> Iterable[tuple[int, Tensor, int, int]]:
     """(stream, flat values, elements, tensors) for what has a value: large pieces in place, others copied together.
 
     A large piece comes in whole rows, its rest with the others. A tensor is counted by the rank that reads its first
