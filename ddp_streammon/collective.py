@@ -18,6 +18,7 @@ class Reduction:
     """A sum over ranks on its way. `wait()` gives it on the host, [K] float64; bit-equal on every rank."""
 
     def __init__(self, packet: Tensor, work: dist.Work | None) -> None:
+        self._packet = packet
         self._work = work
         self._event: torch.cuda.Event | None = None
         if packet.is_cuda:
@@ -38,6 +39,13 @@ class Reduction:
             self._event = None
         return self._host
 
+    def summed(self) -> Tensor:
+        """The sum where the packet lies, for use on the current stream. Sync: none on CUDA; waits on CPU."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._packet
+
 
 class Collective:
     """The ranks of one process group, or this process alone."""
@@ -46,9 +54,14 @@ class Collective:
         self.distributed = dist.is_available() and dist.is_initialized()
         self.group = group
         rank, size = (dist.get_rank(group), dist.get_world_size(group)) if self.distributed else (0, 1)
-        self.topology = Topology(rank, size)
+        self.topology = Topology.of(rank, size)
         backend = dist.get_backend(group) if self.distributed else ""
         self._device_type = {"nccl": "cuda", "gloo": "cpu"}.get(backend)
+
+
+    def share_data(self, peers: Sequence[Sequence[int]]) -> None:
+        """Take over which ranks see the same data: for each rank those, itself included."""
+        self.topology = Topology.of(self.topology.rank, self.topology.world_size, peers)
 
     def device_for(self, device: torch.device) -> torch.device:
         """Where a packet has to lie: `device`, unless the backend cannot take it from there."""

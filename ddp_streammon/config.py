@@ -36,6 +36,12 @@ class MonitorConfig:
     """Measure every n-th call of `step`. Counted in calls, so that it is the same on every rank."""
     delay: int = 1
     """The figures of call n enter History at call n + delay (on every rank alike), so that nobody waits."""
+    audit_every: int = 1000
+    """Measured steps between two comparisons of replicas (checksums of gradients and weights on every rank); the first
+    step is always compared. Their gradients are shared out among the ranks for reading only where they were equal."""
+    update_every: int = 0
+    """Calls between two looks at what the optimizer really changes (`X_update_ratio`); 0: never. Takes the memory of a
+    copy of this rank's share of the weights."""
     history_limit: int = 10_000
     """Values kept for each key; 24 bytes each. Older ones are dropped (the JSONL sink has them all)."""
     rules: RuleSet = RuleSet.guide
@@ -44,7 +50,7 @@ class MonitorConfig:
     """The severity of what the guide's rules find. Exact rules have their own."""
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("delay", 0), ("history_limit", 1)):
+        for name, least in (("every", 1), ("delay", 0), ("audit_every", 1), ("update_every", 0), ("history_limit", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"monitor.{name} must be an integer of at least {least}, got {value!r}")

@@ -29,6 +29,9 @@ SKIPPED = "step_skipped"
 """1 where a GradScaler skips the step for its non-finite gradients, else 0; only where there is one."""
 GRAD_FIGURES = (GRAD_NORM, GRAD_MEAN, GRAD_MAX, GRAD_SHARE, GRAD_NONFINITE, GRAD_ELEMENTS, GRAD_TENSORS)
 
+UPDATE_NORM, UPDATE_RATIO = "update_norm", "update_ratio"
+UPDATE_FIGURES = (UPDATE_NORM, UPDATE_RATIO)
+
 WEIGHT_NORM = "weight_norm"
 WEIGHT_MEAN = "weight_mean"
 WEIGHT_ELEMENT_MEAN = "weight_element_mean"

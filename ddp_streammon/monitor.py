@@ -29,9 +29,10 @@ from ddp_streammon.evaluation import (
     split_values,
 )
 from ddp_streammon.history import History
+from ddp_streammon.linear import Linear
 from ddp_streammon.measurement import GradientMeter, Measurement, Plan
 from ddp_streammon.report import Outcome, Report, RunInfo, Sink, summary_text
-from ddp_streammon.rules import exact, guide
+from ddp_streammon.rules import exact, guide, ranks
 from ddp_streammon.rules.finding import Finding, StreamSettings
 from ddp_streammon.sinks import FanOut, WandbSink, active_wandb_run
 from ddp_streammon.stats import Figures, ScalarLike, Total
@@ -60,7 +61,11 @@ class StreamMonitor(Joinable):
     if it has one. `streams`: see `StreamSet.resolve`. `sinks` are used on rank 0 only; `name` and `run` (its
     configuration) describe the run to them.
 
-    Building it is one all_gather_object, which tells every rank of a sink that cannot be opened.
+    Sharded models (FSDP2, HSDP, tensor parallel, mixed stream by stream) are measured as they are. `model_peers`: the
+    ranks of the group that see the same data as this one, itself included, where the meshes of the parameters do not
+    say so (`shards.model_peers`).
+
+    Building it is two all_gather_object: what each rank holds, and whether the sinks could be opened.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class StreamMonitor(Joinable):
         group: dist.ProcessGroup | None = None,
         name: str | None = None,
         run: Mapping[str, Any] | None = None,
+        model_peers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.config = config or MonitorConfig()
@@ -83,9 +89,21 @@ class StreamMonitor(Joinable):
         self.history = History(self.config.history_limit)
         self.epoch: float | None = None
         self._collective = Collective(group)
-        self._meter = GradientMeter(self.streams, model, self._collective, self._optimizers)
+        self._meter = GradientMeter(
+            self.streams,
+            model,
+            self._collective,
+            self._optimizers,
+            update_every=self.config.update_every,
+            peers=model_peers,
+        )
         self._calls = 0
         self._plan: Plan | None = None
+        self._audited = False
+        self._pace = ranks.Pace()
+        self._replicas: list[Finding] = []
+        self._measured: Measurement | None = None
+        self._hooks = [o.register_step_post_hook(self._gradients_are_used) for o in self._optimizers]
         self._gradient_plan = self._meter.plan({})
         self._pending: deque[Measurement] = deque()
         self._standing: list[Finding] = []
@@ -158,10 +176,13 @@ class StreamMonitor(Joinable):
         samples: float | Tensor | None,
         scaler: torch.amp.GradScaler | None,
     ) -> Figures:
-        if self._plan is None:
+        if self._plan is None or set(self._meter.summed_later()) - set(self._plan.tensors):
             self._plan = self._agree(numbers)
         self._calls += 1
         figures = Figures((), dict)
+        self._measured = None
+        if not self._join_config.enable:
+            self._meter.look_at_update(self._calls)
         if (self._calls - 1) % self.config.every == 0:
             known = self._plan.scalars
             unknown = [name for name, value in numbers.items() if value is not None and name not in known]
@@ -179,11 +200,41 @@ class StreamMonitor(Joinable):
                 scaler,
                 epoch=self.epoch,
                 in_full=self._join_config.enable,
+                turn=self._turn,
+                audit=self._is_audit(),
             )
             self._pending.append(pending)
+            self._measured = pending
             figures = pending.figures()
         self._bring_in()
         return figures
+
+    def clip_grad_norm_(
+        self, max_norm: float, *, per_stream: bool = False, scaler: torch.amp.GradScaler | None = None
+    ) -> Tensor:
+        """Clip the gradients in place like `torch.nn.utils.clip_grad_norm_`, by the norms that `step` has just summed.
+
+        Call it after `step` and before the optimizer's. Where this call of `step` was not measured (`every`), it
+        measures by itself. `per_stream`: each stream (and `shared`) is clipped to `max_norm` by its own norm. Under a
+        `GradScaler` call `scaler.unscale_(optimizer)` before, as with PyTorch's; a `scaler` given is checked for that.
+
+        Returns the norm before clipping, [] float64, or with `per_stream` one a stream, [S], in the order of
+        `streams.names`; inf or nan where a gradient is. Works where streams are laid out differently.
+        Comm: none after a measured step, else one all_reduce(SUM). Sync: none on CUDA with NCCL.
+        Errors: ValueError for a limit that is not positive, and for gradients that still carry the loss scale.
+        """
+        if not max_norm > 0:
+            raise ValueError(f"max_norm must be positive, got {max_norm}")
+        if self._meter.is_scaled(scaler):
+            raise ValueError(
+                "the gradients still carry the loss scale: call scaler.unscale_(optimizer) before clipping"
+            )
+        if self._join_config.enable:
+            return self._meter.clip_alone_(max_norm, per_stream=per_stream)
+        measured, self._measured = self._measured, None
+        if measured is None:
+            measured = self._meter.measure(self._gradients(), self._calls, {}, None, None, epoch=self.epoch)
+        return self._meter.clip_(measured, max_norm, per_stream=per_stream)
 
     def evaluate(
         self,
@@ -224,7 +275,7 @@ class StreamMonitor(Joinable):
                 "zero_grad()",
                 stacklevel=2,
             )
-        return self._meter.measure(self._gradient_plan, self._calls, {}, None, scaler, epoch=self.epoch).figures()
+        return self._meter.measure(self._gradients(), self._calls, {}, None, scaler, epoch=self.epoch).figures()
 
     def compute_stream_weights(self) -> Figures:
         """Each stream's weights now: `X_weight_norm`, `X_weight_mean`, `X_weight_element_mean`, and their ratio.
@@ -357,6 +408,9 @@ class StreamMonitor(Joinable):
             self.flush()
         except Exception as error:  # another rank is gone: what arrived is still reported
             _log.warning("the last steps could not be collected (%s: %s)", type(error).__name__, error)
+        self._meter.stop()
+        for hook in self._hooks:
+            hook.remove()
         summary = {key: self.history.latest(key) for key in self.history}
         self._sink.close(Outcome(summary, tuple(self._findings.values()), self.get_summary(), exit_code))
 
@@ -392,19 +446,42 @@ class StreamMonitor(Joinable):
         sent = {name for name, value in numbers.items() if value is not None}
         declared = {name for name in numbers if name not in ("loss", "samples")} | sent
         identity = (self.streams.names, self.config.every, self.config.delay, self._calls)
-        everyone = self._collective.gather((identity, {name: own[name] for name in sorted(declared)}))
-        for rank, (other, _) in enumerate(everyone):
+        tensors = self._meter.summed_later()
+        everyone = self._collective.gather((identity, {name: own[name] for name in sorted(declared)}, tensors))
+        for rank, (other, _, _) in enumerate(everyone):
             if other != everyone[0][0]:
                 raise ValueError(
                     f"ranks 0 and {rank} disagree about (streams, every, delay, calls so far): {everyone[0][0]} and "
                     f"{other}; build the monitor alike, and load the same state, on every rank"
                 )
-        names = sorted({name for _, mine in everyone for name in mine})
+        names = sorted({name for _, mine, _ in everyone for name in mine})
         taken = [name for name in names if name in self._gradient_plan.names]
         if taken:
             raise ValueError(f"{taken[0]!r} is the key of a figure of the monitor's own; give your number another name")
-        scalars = {name: any(mine.get(name, False) for _, mine in everyone) for name in names}
-        return self._meter.plan(scalars)
+        scalars = {name: any(mine.get(name, False) for _, mine, _ in everyone) for name in names}
+        return self._meter.plan(scalars, _union(tensors for _, _, tensors in everyone))
+
+    def _gradients(self) -> Plan:
+        """The plan of the gradients alone. Comm: one all_gather_object where one of them is `Partial` unexpectedly."""
+        tensors = self._meter.summed_later()
+        if set(tensors) - set(self._gradient_plan.tensors):
+            self._gradient_plan = self._meter.plan({}, _union(self._collective.gather(tensors)))
+        return self._gradient_plan
+
+    @property
+    def _turn(self) -> int:
+        """Which ranks fill their slots in this call's packet, where not all do."""
+        return (self._calls - 1) // self.config.every
+
+    def _is_audit(self) -> bool:
+        """Whether this call compares replicas: the first of this process, and every so many."""
+        due = not self._audited or self._turn % self.config.audit_every == 0
+        self._audited = True
+        return due
+
+    def _gradients_are_used(self, *_: Any) -> None:
+        """After the optimizer's step: what was measured does not belong to the next gradients."""
+        self._measured = None
 
     def _bring_in(self) -> None:
         """What was measured `delay` calls ago, or earlier, arrives now: at the same call on every rank."""
@@ -416,11 +493,14 @@ class StreamMonitor(Joinable):
         step = pending.read()
         if pending.shadow:
             self.epoch = step.epoch
+        if pending.audit:
+            self._meter.prove(step)
+            self._replicas = ranks.replicas(step)
         values = step.values()
         self.history.append(step.step, step.epoch, values)
         without = [name for name, stream in step.streams.items() if not stream.elements]
         frozen = [n for n in without if not any(p.parameter.requires_grad for p in self.streams[n].parameters)]
-        self._standing = exact.check(step, frozen)
+        self._standing = [*exact.check(step, frozen), *ranks.settings(step), *self._pace.check(step), *self._replicas]
         self._remember(self._standing)
         self._sink.write(Report("step", step.step, step.epoch, values, tuple(self._standing)))
 
@@ -458,8 +538,13 @@ class StreamMonitor(Joinable):
             self._plan = self._agree({})
         self._calls += 1
         if (self._calls - 1) % self.config.every == 0:
-            self._pending.append(self._meter.shadow(self._plan, self._calls))
+            shadow = self._meter.shadow(self._plan, self._calls, turn=self._turn, audit=self._is_audit())
+            self._pending.append(shadow)
         self._bring_in()
+
+
+def _union(tensors: Iterable[tuple[Linear, ...]]) -> tuple[Linear, ...]:
+    return tuple(sorted({tensor for of_rank in tensors for tensor in of_rank}))
 
 
 def _optimizers(model: nn.Module, given: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
@@ -492,6 +577,7 @@ def watch(
     group: dist.ProcessGroup | None = None,
     name: str | None = None,
     run: Mapping[str, Any] | None = None,
+    model_peers: Sequence[int] | None = None,
 ) -> StreamMonitor:
     """A `StreamMonitor`, whose streams are printed on rank 0.
 
@@ -499,7 +585,9 @@ def watch(
     """
     if sinks is None:
         sinks = [WandbSink()] if active_wandb_run() is not None else []
-    monitor = StreamMonitor(model, optimizer, streams, config=config, sinks=sinks, group=group, name=name, run=run)
+    monitor = StreamMonitor(
+        model, optimizer, streams, config=config, sinks=sinks, group=group, name=name, run=run, model_peers=model_peers
+    )
     if monitor._collective.topology.rank == 0:
         print(monitor.inventory(), flush=True)
     return monitor

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+LIMIT_BYTES = 65_536
+"""Beyond this size ranks fill their slots in turn. Up to it the latency of a sum counts, not its size."""
+CELL_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -16,84 +21,123 @@ class Field:
     """A named block of cells.
 
     A plain field adds up over ranks. A `per_rank` field has a slot for each rank: a rank writes its own and leaves
-    the others zero, so that the sum gathers them exactly (NaN, Inf and subnormal numbers stay in their cells).
+    the others zero, so that the sum gathers them exactly (NaN, Inf and subnormal numbers stay in their cells). A
+    `raw` field is a plain one that stays a tensor when it is unpacked.
     """
 
     name: str
     shape: tuple[int, ...] = ()
     per_rank: bool = False
+    raw: bool = False
 
 
 @dataclass(frozen=True)
 class Layout:
     """Which cell means what; both directions read it.
 
-    Plain fields come first, then the slots of rank 0, of rank 1 and so on: what a rank writes is two runs of cells.
+    Plain fields come first, then the slots of one rank, of the next and so on: what a rank writes is two runs of
+    cells. Where slots would take more than `LIMIT_BYTES`, the ranks r with r % turns == turn have one in the packets
+    of that turn, and the packets are smaller by that factor.
     """
 
     fields: tuple[Field, ...]
     world_size: int = 1
+    limit_bytes: int = LIMIT_BYTES
 
-    @property
+    @cached_property
     def plain(self) -> tuple[Field, ...]:
         """The fields that add up over ranks."""
         return tuple(field for field in self.fields if not field.per_rank)
 
-    @property
+    @cached_property
     def slots(self) -> tuple[Field, ...]:
         """The fields of which each rank has its own."""
         return tuple(field for field in self.fields if field.per_rank)
 
-    @property
+    @cached_property
+    def turns(self) -> int:
+        """In how many packets every rank has had its slots once; 1 where they all fit."""
+        slot = _cells(self.slots)
+        room = self.limit_bytes // CELL_BYTES - sum(math.prod(field.shape) for field in self.plain if not field.raw)
+        at_once = max(room // slot, 1) if slot else self.world_size
+        return -(-self.world_size // at_once)
+
+    @cached_property
     def size(self) -> int:
         """Cells (float64) of the vector."""
-        return _cells(self.plain) + self.world_size * _cells(self.slots)
+        return _cells(self.plain) + -(-self.world_size // self.turns) * _cells(self.slots)
+
+    def heard(self, turn: int) -> range:
+        """The ranks that have slots in the packets of `turn` (any count of packets sent before)."""
+        return range(turn % self.turns, self.world_size, self.turns)
 
     def zeros(self, device: torch.device | None = None) -> Tensor:
         """The packet of a rank that has nothing to say. Shape: [K] float64."""
         return torch.zeros(self.size, dtype=torch.float64, device=device)
 
-    def pack(self, values: Mapping[str, Tensor], rank: int, device: torch.device | None = None) -> Tensor:
-        """This rank's packet.
+    def view(self, packet: Tensor, name: str) -> Tensor:
+        """A plain field of a packet, in its shape, where it lies. Comm, Sync: none."""
+        start = 0
+        for field in self.plain:
+            stop = start + math.prod(field.shape)
+            if field.name == name:
+                return packet[start:stop].view(field.shape)
+            start = stop
+        raise KeyError(f"no plain field {name!r}; plain fields: {', '.join(field.name for field in self.plain)}")
+
+    def pack(
+        self, values: Mapping[str, Tensor], rank: int, device: torch.device | None = None, turn: int = 0
+    ) -> Tensor:
+        """This rank's packet; its slots are left out where it is not its turn.
 
         Shape: values of each field's own shape in, [K] float64 out. Comm: none. Sync: none, unless values lie on
         another device than a packet on the host.
         """
         shared, slot = _cells(self.plain), _cells(self.slots)
-        start = shared + rank * slot
-        if device is None or device.type == "cpu":  # one operation, where copying field by field takes a dozen
+        start = shared + rank // self.turns * slot
+        slots = self.slots if rank in self.heard(turn) else ()
+        on_host = device is None or device.type == "cpu"
+        if on_host and not any(field.raw for field in self.plain):
+            # One operation, where copying field by field takes a dozen.
             packet = [0.0] * self.size
             packet[:shared] = (cell for field in self.plain for cell in values[field.name].reshape(-1).tolist())
-            packet[start : start + slot] = (
-                cell for field in self.slots for cell in values[field.name].reshape(-1).tolist()
-            )
+            if slots:
+                packet[start : start + slot] = (
+                    cell for field in slots for cell in values[field.name].reshape(-1).tolist()
+                )
             return torch.tensor(packet, dtype=torch.float64)
         cells = self.zeros(device)
-        for first, fields in ((0, self.plain), (start, self.slots)):
-            runs = [values[field.name].to(device, torch.float64, non_blocking=True).reshape(-1) for field in fields]
+        for first, fields in ((0, self.plain), (start, slots)):
+            runs = [
+                values[field.name].to(cells.device, torch.float64, non_blocking=True).reshape(-1) for field in fields
+            ]
             if runs:
                 run = torch.cat(runs)
                 cells[first : first + len(run)] = run
         return cells
 
-    def unpack(self, packet: Tensor) -> dict[str, Any]:
-        """The fields of a packet as floats in nested lists of their shapes; slots have ranks as a last dimension.
+    def unpack(self, packet: Tensor, turn: int = 0) -> dict[str, Any]:
+        """The fields of a packet as floats in nested lists of their shapes, raw ones as tensors.
 
-        Sync: waits for a packet that is not on the host.
+        Slots have the ranks that were heard, in their order, as a last dimension. Sync: waits for a packet that is
+        not on the host.
         """
-        cells = packet.tolist()
         shared, slot = _cells(self.plain), _cells(self.slots)
         fields: dict[str, Any] = {}
         start = 0
         for field in self.plain:
             stop = start + math.prod(field.shape)
-            fields[field.name] = _shaped(cells[start:stop], field.shape)
+            part = packet[start:stop]
+            fields[field.name] = part.view(field.shape) if field.raw else _shaped(part.tolist(), field.shape)
             start = stop
-        start = shared
-        for field in self.slots:
-            stop = start + math.prod(field.shape)
-            fields[field.name] = _shaped([cells[cell::slot] for cell in range(start, stop)], field.shape)
-            start = stop
+        if slot:
+            heard = len(self.heard(turn))
+            cells = packet[shared : shared + heard * slot].tolist()
+            start = 0
+            for field in self.slots:
+                stop = start + math.prod(field.shape)
+                fields[field.name] = _shaped([cells[cell::slot] for cell in range(start, stop)], field.shape)
+                start = stop
         return fields
 
 

@@ -2,116 +2,239 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-from ddp_streammon.streams import StreamSet
+from ddp_streammon.streams import NamedParameter, StreamSet
 
 CHUNK = 4096
 """Elements; the cut between ranks falls on multiples of it, so shares differ by at most one chunk."""
+MODEL_DIMENSIONS = frozenset({"tp", "sp", "cp", "ep", "pp", "mp", "tensor", "model", "context", "expert", "pipeline"})
+"""Names of mesh dimensions along which ranks work on the same data; all others are taken as data parallel."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """This process among those that train the same model."""
+    """This process among those that train the same model.
+
+    Ranks that hold parts of one replica (tensor parallel, ...) see the same data: they have one `data_rank`, and
+    each stands for 1 / `model_peers` of what it reports.
+    """
 
     rank: int = 0
     world_size: int = 1
+    data_rank: int = 0
+    data_size: int = 1
+
+    @classmethod
+    def of(cls, rank: int, world_size: int, peers: Sequence[Sequence[int]] | None = None) -> Topology:
+        """`peers`: for each rank those that see the same data, itself included; None: every rank sees its own.
+
+        Errors: ValueError where they do not share out the ranks.
+        """
+        groups = sorted({tuple(sorted(group)) for group in peers or [[member] for member in range(world_size)]})
+        if sorted(member for group in groups for member in group) != list(range(world_size)):
+            raise ValueError(
+                f"the ranks that work on the same data do not share out the {world_size} ranks: {groups}; pass "
+                "model_peers=(the ranks that see this rank's data, itself included) on every rank"
+            )
+        place = next(number for number, group in enumerate(groups) if rank in group)
+        return cls(rank, world_size, place, len(groups))
+
+    @property
+    def model_peers(self) -> float:
+        """How many ranks see the same data, on average over the data ranks."""
+        return self.world_size / self.data_size
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, stop) of one parameter (in memory order), read by this rank for stream number `stream`."""
+    """Elements [start, stop) of this rank's part of a parameter (in memory order), read for stream number `stream`."""
 
     stream: int
     parameter: nn.Parameter
     start: int
     stop: int
     whole: bool
-    """Whether this is all of the parameter."""
+    """Whether this is all that the rank holds of the parameter."""
+    counts: bool = True
+    """Whether the piece begins with the parameter's first element: it then counts as one tensor."""
 
 
 @dataclass(frozen=True)
 class Share:
     """Pieces of one kind, and what their figures count for in the sum over ranks.
 
-    `weight` is 1 where ranks read different elements of the same replicas, and 1 / world size where every rank
-    reads in full, because nothing says that the gradients are the same everywhere: the sum over ranks is then
-    the mean over ranks.
+    `weight` is 1 where ranks read different elements, and 1 / R where R ranks that hold the same part each read all
+    of it, because nothing says that its gradients are the same everywhere: the sum over ranks is then their mean.
     """
 
     pieces: tuple[Piece, ...]
     weight: float
 
 
-def replicated_parameters(model: nn.Module) -> set[int]:
-    """The ids of the parameters whose gradients DistributedDataParallel keeps equal on all ranks."""
-    replicas: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel):
-            ignored = module.parameters_to_ignore
-            named = module.module.named_parameters()
-            replicas.update(id(parameter) for name, parameter in named if name not in ignored)
-    return replicas
+@dataclass(frozen=True)
+class Family:
+    """Parameters of one stream that are laid out alike over the ranks.
 
-
-def shares(streams: StreamSet, model: nn.Module, topology: Topology) -> tuple[Share, ...]:
-    """What this rank reads. `model` is the model as the user trains it, wrappers included.
-
-    Replicas under DistributedDataParallel are cut by chunk over the ranks; everything else is read in full.
-    Errors: ValueError for a DTensor, by name: sharded layouts are not supported.
+    `sets` are the ranks that hold the same part, for each part there is; `parameters` those of this rank (none if it
+    is in no set); `first`: whether its part begins with the parameters' first elements.
     """
-    _refuse_sharded(streams)
-    replicas = replicated_parameters(model) if topology.world_size > 1 else set()
-    cut = [(number, parameter) for number, parameter in _parameters(streams) if id(parameter) in replicas]
-    full = [(number, parameter) for number, parameter in _parameters(streams) if id(parameter) not in replicas]
+
+    stream: int
+    sets: tuple[tuple[int, ...], ...]
+    parameters: tuple[nn.Parameter, ...]
+    first: bool
+
+    def peers(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold what `rank` holds, itself included; () if it holds nothing."""
+        return next((ranks for ranks in self.sets if rank in ranks), ())
+
+
+_Part: TypeAlias = "tuple[tuple[str, int, int], ...]"
+"""Where a rank's part lies: (placement, parts, this part) along each mesh dimension that cuts the parameter."""
+_Kind: TypeAlias = "tuple[int, tuple[tuple[str, int], ...], str]"
+"""What ranks have in common: stream, (placement, parts) of each cut, digest of the parameters' names and shapes."""
+Holdings: TypeAlias = "tuple[tuple[_Kind, tuple[int, ...]], ...]"
+"""What a rank holds, in few words that can be compared across ranks."""
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor. Comm, Sync: none."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def holdings(streams: StreamSet) -> Holdings:
+    """What this rank holds of the streams' parameters. Comm: none."""
+    return tuple((kind, tuple(index for _, _, index in part)) for (kind, part), _ in _grouped(streams))
+
+
+def families(streams: StreamSet, of_ranks: Sequence[Holdings], rank: int) -> tuple[Family, ...]:
+    """The families of the job, equal on every rank but for what it holds itself.
+
+    `of_ranks`: every rank's `holdings`.
+    """
+    sets: dict[_Kind, dict[tuple[int, ...], list[int]]] = {}
+    for holder, holding in enumerate(of_ranks):
+        for kind, part in holding:
+            sets.setdefault(kind, {}).setdefault(part, []).append(holder)
+    own = {kind: (part, parameters) for (kind, part), parameters in _grouped(streams)}
     result = []
-    if cut:
-        result.append(Share(tuple(_cut(cut, topology)), 1.0))
-    if full:
-        result.append(_in_full(full, topology))
+    for kind, parts in sets.items():
+        mine, parameters = own.get(kind, ((), []))
+        first = not any(index for _, _, index in mine)
+        result.append(Family(kind[0], tuple(tuple(ranks) for ranks in parts.values()), tuple(parameters), first))
     return tuple(result)
 
 
-def full_shares(streams: StreamSet, topology: Topology) -> tuple[Share, ...]:
-    """Everything, on each rank: what is read under `Join`, where a rank that has stopped holds no gradients."""
-    return (_in_full(_parameters(streams), topology),)
+def shares(families: Sequence[Family], rank: int, proved: Sequence[bool]) -> tuple[Share, ...]:
+    """What this rank reads. `proved`: for each family, whether its replicas are known to be equal.
+
+    Equal replicas are cut by chunk over the ranks that hold them; everything else is read in full by each.
+    """
+    cut: dict[tuple[int, ...], list[tuple[Family, nn.Parameter]]] = {}
+    full: dict[int, list[Piece]] = {}
+    for family, equal in zip(families, proved, strict=True):
+        peers = family.peers(rank)
+        for parameter in family.parameters:
+            if equal or len(peers) == 1:
+                cut.setdefault(peers, []).append((family, parameter))
+            else:
+                size = local(parameter).numel()
+                full.setdefault(len(peers), []).append(
+                    Piece(family.stream, parameter, 0, size, whole=True, counts=family.first)
+                )
+    result = [Share(tuple(_cut(held, peers.index(rank), len(peers))), 1.0) for peers, held in cut.items()]
+    return (*result, *(Share(tuple(pieces), 1.0 / ranks) for ranks, pieces in full.items()))
 
 
-def _parameters(streams: StreamSet) -> list[tuple[int, nn.Parameter]]:
-    return [(number, p.parameter) for number, stream in enumerate(streams.streams) for p in stream.parameters]
+def _cut(held: Sequence[tuple[Family, nn.Parameter]], place: int, places: int) -> Iterator[Piece]:
+    """The part of the flat element range over `held` that falls to one of `places`, in whole chunks.
 
-
-def _in_full(parameters: Iterable[tuple[int, nn.Parameter]], topology: Topology) -> Share:
-    pieces = tuple(Piece(number, parameter, 0, parameter.numel(), whole=True) for number, parameter in parameters)
-    return Share(pieces, 1.0 / topology.world_size)
-
-
-def _cut(parameters: Sequence[tuple[int, nn.Parameter]], topology: Topology) -> Iterable[Piece]:
-    """This rank's part of the flat element range over `parameters`, in whole chunks; empty tensors are rank 0's."""
-    total = sum(parameter.numel() for _, parameter in parameters)
+    Parameters without elements are the first one's.
+    """
+    sizes = [local(parameter).numel() for _, parameter in held]
+    total = sum(sizes)
     chunks = -(-total // CHUNK)
-    first = chunks * topology.rank // topology.world_size * CHUNK
-    last = min(chunks * (topology.rank + 1) // topology.world_size * CHUNK, total)
+    first = chunks * place // places * CHUNK
+    last = min(chunks * (place + 1) // places * CHUNK, total)
     offset = 0
-    for number, parameter in parameters:
-        start, stop = max(first - offset, 0), min(last - offset, parameter.numel())
-        if start < stop:
-            yield Piece(number, parameter, start, stop, whole=stop - start == parameter.numel())
-        elif parameter.numel() == 0 and topology.rank == 0:
-            yield Piece(number, parameter, 0, 0, whole=True)
-        offset += parameter.numel()
+    for (family, parameter), size in zip(held, sizes, strict=True):
+        start, stop = min(max(first - offset, 0), size), max(min(last - offset, size), 0)
+        if start < stop or (size == 0 and place == 0):
+            counts = family.first and start == 0
+            yield Piece(family.stream, parameter, start, stop, whole=stop - start == size, counts=counts)
+        offset += size
 
 
-def _refuse_sharded(streams: StreamSet) -> None:
+def _grouped(streams: StreamSet) -> list[tuple[tuple[_Kind, _Part], list[nn.Parameter]]]:
+    """This rank's parameters by kind and part."""
+    groups: dict[tuple[int, _Part], list[NamedParameter]] = {}
+    for number, stream in enumerate(streams.streams):
+        for item in stream.parameters:
+            groups.setdefault((number, _part(item.parameter)), []).append(item)
+    result = []
+    for (number, part), items in groups.items():
+        words = "\n".join(f"{item.name} {tuple(item.parameter.shape)}" for item in items)
+        digest = hashlib.sha256(words.encode()).hexdigest()[:16]
+        kind = (number, tuple((placement, parts) for placement, parts, _ in part), digest)
+        result.append(((kind, part), [item.parameter for item in items]))
+    return result
+
+
+def _part(parameter: nn.Parameter) -> _Part:
+    if not isinstance(parameter, DTensor):
+        return ()
+    mesh = parameter.device_mesh
+    coordinate = mesh.get_coordinate() or ()
+    cuts = zip(parameter.placements, mesh.shape, coordinate, strict=True)
+    return tuple((str(placement), parts, index) for placement, parts, index in cuts if not placement.is_replicate())
+
+
+def model_peers(streams: StreamSet, model: nn.Module) -> tuple[int, ...] | None:
+    """The ranks that see the same data as this one, itself included; None where every rank sees its own.
+
+    Along a mesh dimension with one of the names `MODEL_DIMENSIONS` ranks see the same data. A dimension without a name
+    is data parallel where the model was sharded by `fully_shard`, and tensor parallel otherwise.
+    """
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    widest: tuple[int, ...] | None = None
     for stream in streams.streams:
         for item in stream.parameters:
             if isinstance(item.parameter, DTensor):
-                raise ValueError(
-                    f"parameter {item.name} of stream {stream.name!r} is a DTensor (FSDP2 or tensor parallel): sharded "
-                    "layouts are not supported; wrap the model in DistributedDataParallel, or leave it plain"
-                )
+                peers = _along_model(item.parameter.device_mesh, sharded)
+                if len(peers) > len(widest or (0,)):
+                    widest = peers
+    return widest
+
+
+def _along_model(mesh: DeviceMesh, sharded: bool) -> tuple[int, ...]:
+    """The global ranks that differ from this one only along the mesh's model dimensions."""
+    names = mesh.mesh_dim_names or ("",) * mesh.ndim
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return ()
+    ranks = mesh.mesh
+    for dimension in reversed(range(mesh.ndim)):
+        name = names[dimension]
+        if not (name in MODEL_DIMENSIONS or (not name and not sharded)):
+            ranks = ranks.select(dimension, coordinate[dimension])
+    return tuple(ranks.reshape(-1).tolist())
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """ValueError for layouts whose gradients cannot be read by parameter: FSDP1. Comm: none."""
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise ValueError(
+                f"module {name or type(module.module).__name__!r} is wrapped in FullyShardedDataParallel (FSDP1), "
+                "which flattens parameters of several streams into one; use torch.distributed.fsdp.fully_shard (FSDP2) "
+                "or DistributedDataParallel"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -13,6 +14,8 @@ from torch import Tensor
 from ddp_streammon import keys
 from ddp_streammon.moments import ABS_MAX, ELEMENTS, NONFINITE, SQ_SUM, SUM, TENSORS
 from ddp_streammon.packet import Field, Layout
+from ddp_streammon.ranks import RankFacts, Replicas, compared
+from ddp_streammon.shards import Family
 
 
 class Total(NamedTuple):
@@ -58,6 +61,10 @@ class StreamStats:
     nonfinite: int
     elements: int
     tensors: int
+    update_norm: float = math.nan
+    """L2 norm of what the optimizer changed in the step that `update_every` looked at; nan where none was."""
+    update_ratio: float = math.nan
+    """The same over the norm of the weights before it."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,10 @@ class StepStats:
     """Ranks that sent a non-finite number (a loss, say)."""
     scaled: bool
     """Whether a GradScaler was in charge: a non-finite gradient then means a skipped step, not a fault."""
+    rank_facts: tuple[RankFacts, ...] = ()
+    """What the ranks that were heard say of themselves."""
+    replicas: tuple[Replicas, ...] = ()
+    """Of the steps that compare replicas: the families that several ranks hold."""
 
     def values(self) -> dict[str, float]:
         """The figures under their keys."""
@@ -90,6 +101,9 @@ class StepStats:
             )
             for figure, value in zip(keys.GRAD_FIGURES, figures, strict=True):
                 values[keys.of_stream(name, figure)] = value
+            if not math.isnan(stream.update_norm):
+                values[keys.of_stream(name, keys.UPDATE_NORM)] = stream.update_norm
+                values[keys.of_stream(name, keys.UPDATE_RATIO)] = stream.update_ratio
         for a, b in keys.pairs(self.streams):
             values[keys.grad_ratio(a, b)] = ratio(self.streams[a].grad_norm, self.streams[b].grad_norm)
         if self.scaled:
@@ -103,26 +117,54 @@ def step_keys(streams: Sequence[str], scalars: Iterable[str]) -> tuple[str, ...]
     return (*figures, *(keys.grad_ratio(a, b) for a, b in keys.pairs(streams)), *scalars)
 
 
+def update_keys(streams: Sequence[str]) -> tuple[str, ...]:
+    """The keys of an update's figures, in the steps that have them."""
+    return tuple(keys.of_stream(name, figure) for name in streams for figure in keys.UPDATE_FIGURES)
+
+
 def ratio(a: float, b: float) -> float:
     """a / b; nan where it means nothing: a denominator that is zero, or a number that is not finite."""
     return a / b if math.isfinite(a) and math.isfinite(b) and b != 0 else math.nan
 
 
-STATE, MOMENTS, MAXIMA, BAD, SCALARS = "state", "moments", "abs_max", "nonfinite_scalars", "scalars"
+STATE, MOMENTS, SCALARS, LINEAR, UPDATES = "state", "moments", "scalars", "linear", "updates"
+"""Plain fields: ranks that take part, those with a GradScaler in charge, and the sum of their epochs; the streams'
+additive figures; the user's numbers; gradients to be squared after the sum; squares of updates and of weights."""
+MAXIMA, BAD, FACTS, CHECKSUMS = "abs_max", "nonfinite_scalars", "facts", "checksums"
+"""Slots of each rank: the streams' abs-max; how many of its numbers are not finite; its `RankFacts`; bit-sums of the
+gradients and of the weights of each family."""
 
 
-def step_layout(streams: Sequence[str], scalars: Sequence[str], world_size: int) -> Layout:
-    """The packet of a monitored step: 5 S + S W + 4 W + 4 U cells."""
-    return Layout(
-        (
-            Field(STATE, (3,), per_rank=True),
-            Field(MOMENTS, (len(streams), ABS_MAX)),
-            Field(MAXIMA, (len(streams),), per_rank=True),
-            Field(BAD, per_rank=True),
-            Field(SCALARS, (len(scalars), 4)),
-        ),
-        world_size,
-    )
+def step_layout(
+    streams: Sequence[str],
+    scalars: Sequence[str],
+    world_size: int,
+    *,
+    linear: int = 0,
+    updates: bool = False,
+    families: int = 0,
+) -> Layout:
+    """The packet of a monitored step: 6 S + 4 U + 3 plain cells and 3 S + 6 slots a rank.
+
+    `linear` cells and those of the `updates` where there are any; a packet with checksums of `families` has the slots
+    of all ranks at once.
+    """
+    fields = [
+        Field(STATE, (3,)),
+        Field(MOMENTS, (len(streams), ABS_MAX)),
+        Field(SCALARS, (len(scalars), 4)),
+        Field(MAXIMA, (len(streams),), per_rank=True),
+        Field(BAD, per_rank=True),
+        Field(FACTS, (RankFacts.cell_count(len(streams)),), per_rank=True),
+    ]
+    if updates:
+        fields.append(Field(UPDATES, (len(streams), 2)))
+    if linear:
+        fields.append(Field(LINEAR, (linear,), raw=True))
+    if not families:
+        return Layout(tuple(fields), world_size)
+    fields.append(Field(CHECKSUMS, (families, 2), per_rank=True))
+    return Layout(tuple(fields), world_size, limit_bytes=sys.maxsize)
 
 
 def is_total(value: ScalarLike) -> bool:
@@ -132,21 +174,29 @@ def is_total(value: ScalarLike) -> bool:
     return isinstance(value, Total | numbers.Integral)
 
 
-def step_stats(sums: Mapping[str, Any], streams: Sequence[str], scalars: Mapping[str, bool], step: int) -> StepStats:
-    """The fields of a summed step packet, on the host, as floats. `scalars`: names, and whether each is a total.
+def step_stats(
+    sums: Mapping[str, Any],
+    streams: Sequence[str],
+    scalars: Mapping[str, bool],
+    step: int,
+    heard: Sequence[int],
+    world_size: int,
+    families: Sequence[Family] = (),
+) -> StepStats:
+    """The fields of a summed step packet, on the host, as floats.
 
-    Where ranks are missing (`Join`) those that are left have read in full, for 1 / world size each: the moments are
-    their mean (shards.full_shares).
+    `scalars`: names, and whether each is a total. `heard`: the ranks whose slots the packet holds. `families`: those
+    whose checksums it holds. Where ranks are missing (`Join`) those that are left have read in full, for 1 / world
+    size each: the moments are their mean.
     """
-    states = list(zip(*sums[STATE], strict=True))
-    alive = [state for state in states if state[0]]
-    epoch = alive[0][2] if alive else math.nan
-    missing = len(states) / max(len(alive), 1)
+    alive, scaled, epochs = sums[STATE]
+    missing = world_size / max(alive, 1.0)
     table = [[cell * missing for cell in row] for row in sums[MOMENTS]]
     maxima = [max(ranks) for ranks in sums[MAXIMA]]
     model_sq_norm = sum(row[SQ_SUM] for row in table)
+    updates = sums.get(UPDATES, [(0.0, 0.0)] * len(streams))
     per_stream = {}
-    for name, row, abs_max in zip(streams, table, maxima, strict=True):
+    for name, row, abs_max, update in zip(streams, table, maxima, updates, strict=True):
         has_gradient, finite = row[ELEMENTS] > 0, row[ELEMENTS] - row[NONFINITE]
         per_stream[name] = StreamStats(
             grad_norm=math.sqrt(row[SQ_SUM]) if has_gradient else math.nan,
@@ -156,19 +206,26 @@ def step_stats(sums: Mapping[str, Any], streams: Sequence[str], scalars: Mapping
             nonfinite=_at_least_one(row[NONFINITE]),
             elements=_at_least_one(row[ELEMENTS]),
             tensors=_at_least_one(row[TENSORS]),
+            update_norm=math.sqrt(update[0]) if update[1] else math.nan,
+            update_ratio=math.sqrt(ratio(*update)) if update[1] else math.nan,
         )
-    cells = sums[SCALARS]
+    said = [RankFacts.of_cells(rank, cells) for rank, cells in zip(heard, zip(*sums[FACTS], strict=True), strict=True)]
+    epoch = float(f"{epochs / max(alive, 1.0):.12g}")  # the mean of equal numbers, without what adding them rounds
     return StepStats(
         step=step,
         epoch=None if math.isnan(epoch) else epoch,
         streams=per_stream,
         scalars={
             name: Scalar(row[0] if row[3] else math.nan, ratio(row[1], row[2]), ranks=round(row[3]), is_total=total)
-            for (name, total), row in zip(scalars.items(), cells, strict=True)
+            for (name, total), row in zip(scalars.items(), sums[SCALARS], strict=True)
         },
-        ranks=len(alive),
-        nonfinite_ranks=tuple(rank for rank, bad in enumerate(sums[BAD]) if bad),
-        scaled=any(scaled for _, scaled, _ in alive),
+        ranks=round(alive),
+        nonfinite_ranks=tuple(rank for rank, bad in zip(heard, sums[BAD], strict=True) if bad),
+        scaled=scaled > 0,
+        rank_facts=tuple(facts for facts in said if facts is not None),
+        replicas=compared(
+            families, sums.get(CHECKSUMS, ()), streams, {facts.rank for facts in said if facts is not None}
+        ),
     )
 
 

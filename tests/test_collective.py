@@ -26,7 +26,7 @@ def tensors(seed: int) -> list[Tensor]:
 
 def test_without_a_group_it_is_one_process() -> None:
     collective = Collective()
-    assert (collective.topology, collective.distributed) == (Topology(0, 1), False)
+    assert (collective.topology, collective.distributed) == (Topology.of(0, 1), False)
     packet = torch.tensor([1.0, float("inf"), 5e-324], dtype=torch.float64)
     assert collective.all_reduce(packet).wait().tolist() == [1.0, float("inf"), 5e-324]
     assert collective.gather({"a": 1}) == [{"a": 1}]
@@ -40,7 +40,7 @@ def test_without_a_group_it_is_one_process() -> None:
 def _everything() -> dict[str, Any]:
     collective = Collective()
     rank, world = dist.get_rank(), dist.get_world_size()
-    assert collective.topology == Topology(rank, world)
+    assert collective.topology == Topology.of(rank, world)
     mine = tensors(rank)
     strides = [tensor.stride() for tensor in mine]
     base = torch.zeros(9)
@@ -86,4 +86,4 @@ def _subgroup() -> list[Any] | None:
 
 def test_a_group_is_its_own_world() -> None:
     rest = [[1.0, 1.0], 3.0, [1, 2]]
-    assert run_ranks(3, _subgroup) == [None, [Topology(0, 2), *rest], [Topology(1, 2), *rest]]
+    assert run_ranks(3, _subgroup) == [None, [Topology.of(0, 2), *rest], [Topology.of(1, 2), *rest]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import Any
 
 import pytest
 import torch
@@ -42,11 +43,55 @@ def test_the_size_counts_a_slot_for_each_rank() -> None:
     assert Layout(()).size == 0
 
 
-@pytest.mark.parametrize(("streams", "scalars", "world"), [(1, 0, 1), (2, 3, 4), (7, 5, 1024)])
-def test_a_step_takes_5s_and_sw_and_4w_and_4u_cells(streams: int, scalars: int, world: int) -> None:
-    layout = step_layout([f"s{i}" for i in range(streams)], [f"u{i}" for i in range(scalars)], world)
-    assert layout.size == 5 * streams + streams * world + 4 * world + 4 * scalars
+def layout_of(streams: int, scalars: int, world: int, **options: Any) -> Layout:
+    return step_layout([f"s{i}" for i in range(streams)], [f"u{i}" for i in range(scalars)], world, **options)
+
+
+@pytest.mark.parametrize(("streams", "scalars", "world"), [(1, 0, 1), (2, 3, 4), (7, 5, 64)])
+def test_a_steps_cells_are_counted(streams: int, scalars: int, world: int) -> None:
+    plain, slot = 6 * streams + 4 * scalars + 3, 3 * streams + 6
+    layout = layout_of(streams, scalars, world)
+    assert (layout.turns, layout.size) == (1, plain + world * slot)
     assert layout.zeros().shape == (layout.size,)
+    assert layout_of(streams, scalars, world, updates=True, linear=9).size == layout.size + 2 * streams + 9
+    assert layout_of(streams, scalars, world, families=2).size == layout.size + world * 4
+
+
+@pytest.mark.parametrize("world", [1024, 4096])
+def test_a_packet_stays_within_64_kib_and_every_rank_has_its_turn(world: int) -> None:
+    layout = layout_of(4, 3, world)
+    assert layout.size * 8 <= 65_536
+    heard = [rank for turn in range(layout.turns) for rank in layout.heard(turn)]
+    assert sorted(heard) == list(range(world))
+    audit = layout_of(4, 3, world, families=4)
+    assert audit.turns == 1  # replicas are compared within one packet
+
+
+def test_in_its_turn_a_rank_fills_its_own_slots_exactly() -> None:
+    layout = Layout((Field("sum"), Field("slot", (2,), per_rank=True)), world_size=5, limit_bytes=5 * 8)
+    assert (layout.turns, layout.size) == (3, 1 + 2 * 2)
+    for turn in range(4):
+        packets = [
+            layout.pack({"sum": torch.tensor(1.0), "slot": torch.tensor([rank, -rank])}, rank, turn=turn)
+            for rank in range(5)
+        ]
+        fields = layout.unpack(torch.stack(packets).sum(0), turn)
+        heard = list(layout.heard(turn))
+        assert heard == list(range(turn % 3, 5, 3))
+        assert fields == {"sum": 5.0, "slot": [heard, [-rank for rank in heard]]}
+
+
+def test_a_plain_field_can_be_viewed_where_it_lies_and_a_raw_one_stays_a_tensor() -> None:
+    layout = Layout((Field("a"), Field("b", (2, 2)), Field("c", (3,), raw=True), Field("d", per_rank=True)), 2)
+    sent = {"a": torch.tensor(1.0), "b": torch.arange(4.0).view(2, 2), "c": torch.arange(3.0), "d": torch.tensor(7.0)}
+    packet = layout.pack(sent, 1)
+    assert torch.equal(layout.view(packet, "b"), sent["b"].double())
+    assert layout.view(packet, "b").data_ptr() == packet[1:].data_ptr()
+    fields = layout.unpack(packet)
+    assert torch.equal(fields.pop("c"), sent["c"].double())
+    assert fields == {"a": 1.0, "b": [[0.0, 1.0], [2.0, 3.0]], "d": [0.0, 7.0]}
+    with pytest.raises(KeyError, match="no plain field 'd'; plain fields: a, b, c"):
+        layout.view(packet, "d")
 
 
 def test_unpack_inverts_pack_and_other_ranks_slots_are_zero() -> None:

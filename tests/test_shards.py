@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from ddp_streammon.shards import CHUNK, Piece, Topology, _cut, replicated_parameters, shares
+from ddp_streammon.shards import (
+    CHUNK,
+    Family,
+    Piece,
+    Topology,
+    families,
+    holdings,
+    model_peers,
+    refuse_unsupported,
+    shares,
+)
 from ddp_streammon.streams import StreamSet
 from tests.ranks import run_ranks
 
@@ -26,98 +36,142 @@ SIZES = {
 }
 
 
-def parameters_of(sizes: list[int]) -> list[tuple[int, nn.Parameter]]:
-    return [(stream % 2, nn.Parameter(torch.zeros(size))) for stream, size in enumerate(sizes)]
+def families_of(sizes: list[int], world: int, sets: tuple[tuple[int, ...], ...] | None = None) -> list[Family]:
+    """Parameters of two streams in turn, held by all ranks alike or by `sets`."""
+    held = sets or (tuple(range(world)),)
+    parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
+    return [Family(number % 2, held, (parameter,), first=True) for number, parameter in enumerate(parameters)]
 
 
-def cut(parameters: list[tuple[int, nn.Parameter]], world: int) -> list[list[Piece]]:
-    return [list(_cut(parameters, Topology(rank, world))) for rank in range(world)]
+def read(families: list[Family], world: int) -> list[list[Piece]]:
+    """The pieces that each rank reads where replicas are equal."""
+    of_ranks = [shares(families, rank, [True] * len(families)) for rank in range(world)]
+    assert all(share.weight == 1 for read in of_ranks for share in read)
+    return [[piece for share in read for piece in share.pieces] for read in of_ranks]
 
 
 @pytest.mark.parametrize(("kind", "world"), list(itertools.product(SIZES, range(1, 8))))
 def test_the_cut_covers_every_element_once_and_is_balanced(kind: str, world: int) -> None:
-    parameters = parameters_of(SIZES[kind])
-    ranks = cut(parameters, world)
-    for stream, parameter in parameters:
+    families = families_of(SIZES[kind], world)
+    ranks = read(families, world)
+    for family in families:
+        (parameter,) = family.parameters
         reads = torch.zeros(parameter.numel(), dtype=torch.int64)
         mine = [piece for pieces in ranks for piece in pieces if piece.parameter is parameter]
         for piece in mine:
-            assert piece.stream == stream
+            assert piece.stream == family.stream
             reads[piece.start : piece.stop] += 1
         assert torch.all(reads == 1)
-        assert sum(piece.start == 0 for piece in mine) == 1  # the rank that counts the tensor
+        assert sum(piece.counts for piece in mine) == 1  # the rank that counts the tensor
     loads = [sum(piece.stop - piece.start for piece in pieces) for pieces in ranks]
     assert sum(loads) == sum(SIZES[kind])
     assert max(loads) - min(loads) <= CHUNK
 
 
+def test_only_ranks_that_hold_the_same_part_share_it_out() -> None:
+    families = families_of([4 * CHUNK], 4, sets=((0, 2), (1, 3)))
+    for rank, (piece,) in enumerate(read(families, 4)):
+        assert (piece.start, piece.stop) == ((0, 2 * CHUNK) if rank < 2 else (2 * CHUNK, 4 * CHUNK))
+
+
 def test_whole_is_said_of_whole_pieces() -> None:
-    (_, parameter), *_ = parameters_of([2 * CHUNK])
-    assert [[piece.whole for piece in pieces] for pieces in cut([(0, parameter)], 2)] == [[False], [False]]
-    assert [piece.whole for piece in cut([(0, parameter)], 1)[0]] == [True]
+    assert [[piece.whole for piece in pieces] for pieces in read(families_of([2 * CHUNK], 2), 2)] == [[False], [False]]
+    assert [piece.whole for piece in read(families_of([2 * CHUNK], 1), 1)[0]] == [True]
 
 
-def test_one_process_reads_everything_at_full_weight() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
-    (share,) = shares(StreamSet.resolve(model), model, Topology())
-    assert share.weight == 1
-    assert [(piece.stream, piece.whole) for piece in share.pieces] == [(0, True), (0, True), (1, True), (1, True)]
-
-
-def test_without_ddp_every_rank_reads_all_for_its_part_of_the_mean() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+def test_what_is_not_proved_equal_is_read_in_full_for_its_part_of_the_mean() -> None:
+    families = families_of([10, 20], 3)
     for rank in range(3):
-        (share,) = shares(StreamSet.resolve(model), model, Topology(rank, 3))
-        assert share.weight == 1 / 3
-        assert sum(piece.stop - piece.start for piece in share.pieces) == 24
+        alone, shared = shares(families, rank, [False, True])[::-1]
+        assert (alone.weight, [piece.stop for piece in alone.pieces]) == (1 / 3, [10])
+        assert shared.weight == 1
+    (share,) = shares(families_of([10, 20], 1), 0, [False, False])
+    assert share.weight == 1  # one process holds no replicas
 
 
 class Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(100, 100), nn.Linear(100, 30)
+        self.a, self.b = nn.Linear(16, 12), nn.Linear(12, 3)
 
 
-def _ownership() -> list[object]:
-    torch.manual_seed(0)
-    rank = Topology(dist.get_rank(), dist.get_world_size())
-    whole = DistributedDataParallel(Parts())
-    (share,) = shares(StreamSet.resolve(whole), whole, rank)
-    part = Parts()
-    part.a = DistributedDataParallel(part.a)  # type: ignore[assignment]
-    found = [(s.weight, sum(p.stop - p.start for p in s.pieces)) for s in shares(StreamSet.resolve(part), part, rank)]
-    ignoring = Parts()
-    ignored = ["b.weight"]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(ignoring, ignored)
-    replicas = replicated_parameters(DistributedDataParallel(ignoring))
-    kept = [name for name, parameter in ignoring.named_parameters() if id(parameter) in replicas]
-    return [(share.weight, sum(p.stop - p.start for p in share.pieces)), found, kept]
+PARTS = {"a": "a", "b": "b"}
 
 
-def test_under_ddp_a_rank_reads_its_part_and_in_full_what_ddp_does_not_hold() -> None:
-    kept = ["a.weight", "a.bias", "b.bias"]
-    assert run_ranks(2, _ownership) == [
-        [(1.0, 2 * CHUNK), [(1.0, CHUNK), (0.5, 3030)], kept],
-        [(1.0, 13130 - 2 * CHUNK), [(1.0, 10100 - CHUNK), (0.5, 3030)], kept],
-    ]
+def _layouts() -> dict[str, Any]:
+    """Of each layout on four ranks: each family's stream and sets, its parameters here, and who sees the same data."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    answers: dict[str, Any] = {}
+
+    def note(name: str, model: nn.Module) -> None:
+        streams = StreamSet.resolve(model, PARTS)
+        of_ranks: list[Any] = [None] * world
+        dist.all_gather_object(of_ranks, holdings(streams))
+        found = families(streams, of_ranks, rank)
+        answers[name] = (
+            [(family.stream, family.sets, len(family.parameters), family.first) for family in found],
+            model_peers(streams, model),
+        )
+
+    note("plain", Parts())
+    note("fsdp2", fully_shard(Parts(), mesh=init_device_mesh("cpu", (4,))))
+    note("hsdp", fully_shard(Parts(), mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))))
+    mixed = Parts()
+    fully_shard(mixed.a, mesh=init_device_mesh("cpu", (4,)))
+    note("one sharded", mixed)
+    note("tp", parallelize_module(Parts(), mesh["tp"], {"a": ColwiseParallel(), "b": RowwiseParallel()}))
+    both = parallelize_module(Parts(), mesh["tp"], {"a": ColwiseParallel(), "b": RowwiseParallel()})
+    note("fsdp2 x tp", fully_shard(both, mesh=mesh["dp"]))
+    return answers
 
 
-def _refusals() -> list[str]:
-    messages = []
-    mesh = init_device_mesh("cpu", (1,))
-    tensor_parallel = Parts()
-    tensor_parallel.b.weight = nn.Parameter(distribute_tensor(tensor_parallel.b.weight, mesh, [Replicate()]))
-    for model in (tensor_parallel, fully_shard(Parts(), mesh=mesh)):
-        with pytest.raises(ValueError, match="is a DTensor") as caught:
-            shares(StreamSet.resolve(model), model, Topology())
-        messages.append(str(caught.value))
-    return messages
+def test_families_and_data_ranks_of_layouts() -> None:
+    answers = run_ranks(4, _layouts)
+    alone, pairs, everyone = ((0,), (1,), (2,), (3,)), ((0, 2), (1, 3)), ((0, 1, 2, 3),)
+    for rank, answer in enumerate(answers):
+        tp_peers = (0, 1) if rank < 2 else (2, 3)
+        assert answer["plain"] == ([(0, everyone, 2, True), (1, everyone, 2, True)], None)
+        first = rank == 0
+        assert answer["fsdp2"] == ([(0, alone, 2, first), (1, alone, 2, first)], None)
+        assert answer["hsdp"] == ([(0, pairs, 2, rank % 2 == 0), (1, pairs, 2, rank % 2 == 0)], None)
+        assert answer["one sharded"] == ([(0, alone, 2, first), (1, everyone, 2, True)], None)
+        families, peers = answer["tp"]
+        assert peers == tp_peers
+        assert families == [(0, pairs, 2, rank % 2 == 0), (1, pairs, 1, rank % 2 == 0), (1, everyone, 1, True)]
+        families, peers = answer["fsdp2 x tp"]
+        assert peers == tp_peers
+        data_sets = ((0, 1), (2, 3))
+        assert families == [(0, alone, 2, first), (1, alone, 1, first), (1, data_sets, 1, rank < 2)]
 
 
-def test_dtensors_are_refused_by_name() -> None:
-    ((tensor_parallel, fsdp2),) = run_ranks(1, _refusals)
-    assert tensor_parallel == (
-        "parameter b.weight of stream 'b' is a DTensor (FSDP2 or tensor parallel): sharded layouts are not supported; "
-        "wrap the model in DistributedDataParallel, or leave it plain"
+def _refusal() -> str:
+    model = Parts()
+    model.a = FullyShardedDataParallel(model.a, device_id=torch.device("cpu"))  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="FSDP1") as caught:
+        refuse_unsupported(model)
+    return str(caught.value)
+
+
+def test_fsdp1_is_refused_by_name_on_every_rank() -> None:
+    assert (
+        run_ranks(2, _refusal)
+        == [
+            "module 'a' is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters of several streams "
+            "into one; use torch.distributed.fsdp.fully_shard (FSDP2) or DistributedDataParallel"
+        ]
+        * 2
     )
-    assert fsdp2.startswith("parameter a.weight of stream 'a' is a DTensor")
+
+
+def test_data_ranks_are_numbered_by_who_sees_the_same_data() -> None:
+    peers = [(0, 2), (1, 3), (0, 2), (1, 3)]
+    found = [Topology.of(rank, 4, peers) for rank in range(4)]
+    assert [(topology.data_rank, topology.data_size, topology.model_peers) for topology in found] == [
+        (0, 2, 2.0),
+        (1, 2, 2.0),
+        (0, 2, 2.0),
+        (1, 2, 2.0),
+    ]
+    with pytest.raises(ValueError, match=r"do not share out the 3 ranks: \[\(0, 1\), \(1, 2\)\]; pass model_peers="):
+        Topology.of(0, 3, [(0, 1), (0, 1), (1, 2)])

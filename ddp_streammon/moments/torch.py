@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ddp_streammon.shards import Piece, Share
 
-SUM, SQ_SUM, NONFINITE, ELEMENTS, TENSORS, ABS_MAX = range(6)
-COLUMNS = 6
-"""The columns of the result: five that add up over ranks, and the abs-max, which does not."""
+SUM, SQ_SUM, NONFINITE, NANS, ELEMENTS, TENSORS, ABS_MAX = range(7)
+COLUMNS = 7
+"""The columns of the result: six that add up over ranks, and the abs-max, which does not. nan is non-finite too."""
 LARGE = 131_072
 """Pieces from this many elements on are read in place; on CPU an operation costs as much as copying 100,000."""
 BLOCK = 262_144
@@ -47,7 +47,7 @@ def moments(
 
     Non-finite values are counted and left out of the sums and the abs-max.
 
-    Shape: [S, 6] float64 on `device`: sum, sum of squares, non-finite count, elements, tensors, abs-max.
+    Shape: [S, 7] float64 on `device`: sum, sum of squares, non-finite and nan count, elements, tensors, abs-max.
     Comm: none. Sync: none on the parameters' device (on CPU there is nothing to wait for).
     """
     if device.type == "cpu":
@@ -76,14 +76,15 @@ def _on_device(
             counts[stream, TENSORS] += tensors * share.weight
             for block in torch.split(flat, DEVICE_BLOCK):
                 sums, abs_max = _device_block(block)
-                table[stream, : len(sums)].add_(sums, alpha=share.weight)
+                table[stream, : len(sums)].add_(sums.to(device, non_blocking=True), alpha=share.weight)
+                abs_max = abs_max.to(device, non_blocking=True)
                 table[stream, ABS_MAX] = torch.maximum(table[stream, ABS_MAX], abs_max)
     return table + counts.to(device, non_blocking=True)
 
 
 @dataclass
 class _Group:
-    """Pieces of one stream and dtype that are read as one."""
+    """Pieces of one stream, dtype and device that are read as one."""
 
     tensors: list[Tensor] = field(default_factory=list)
     size: int = 0
@@ -102,10 +103,10 @@ class _Group:
 def _blocks(pieces: Iterable[Piece], source: Source) -> Iterable[tuple[int, Tensor, int, int]]:
     """(stream, flat values, elements, tensors) for what has a value: large pieces in place, others copied together.
 
-    A large piece comes in whole rows, its rest with the others. A tensor is counted by the rank that reads its first
-    element.
+    A large piece comes in whole rows, its rest with the others. A tensor is counted with the piece that begins with its
+    first element.
     """
-    groups: dict[tuple[int, torch.dtype], _Group] = {}
+    groups: dict[tuple[int, torch.dtype, torch.device], _Group] = {}
     for piece in pieces:
         tensor = source(piece.parameter)
         if tensor is None:
@@ -117,18 +118,18 @@ def _blocks(pieces: Iterable[Piece], source: Source) -> Iterable[tuple[int, Tens
             yield piece.stream, flat[:rows], 0, 0
             flat = flat[rows:]
             size -= rows
-        key = (piece.stream, flat.dtype)
+        key = (piece.stream, flat.dtype, flat.device)
         group = groups.get(key)
         if group is None:
             group = groups[key] = _Group()
         group.tensors.append(flat)
         group.size += size
         group.elements += elements
-        group.count += piece.start == 0
+        group.count += piece.counts
         if group.size >= BLOCK:
             yield piece.stream, group.flat(), group.elements, group.count
             del groups[key]
-    for (stream, _), group in groups.items():
+    for (stream, _, _), group in groups.items():
         yield stream, group.flat(), group.elements, group.count
 
 
@@ -139,22 +140,36 @@ def _values(tensor: Tensor, piece: Piece) -> tuple[Tensor, int]:
     does not store are zeros, and count.
     """
     if tensor.layout == torch.strided and tensor.is_contiguous() and not tensor.is_complex():  # nearly always
-        flat = tensor.view(-1)
-        return flat if piece.whole else flat[piece.start : piece.stop], piece.stop - piece.start
+        values = tensor.view(-1)
+        return values if piece.whole else values[piece.start : piece.stop], piece.stop - piece.start
     elements = (piece.stop - piece.start) * (2 if tensor.is_complex() else 1)
     if tensor.layout != torch.strided:
-        stored = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.to_dense()
+        stored = _stored(tensor) if tensor.layout == torch.sparse_coo else tensor.to_dense()
         owned = stored.reshape(-1) if piece.start == 0 else stored.reshape(-1)[:0]
         return _real(owned), elements
-    return _real(_flat(tensor)[piece.start : piece.stop]), elements
+    return _real(flat(tensor)[piece.start : piece.stop]), elements
 
 
-def _real(flat: Tensor) -> Tensor:
+def _stored(tensor: Tensor) -> Tensor:
+    """The values of a sparse tensor, those of one place added up: at its first one's row, zeros in the others' rows.
+
+    Sync: none, where `coalesce` waits for the number of places.
+    """
+    if tensor.is_coalesced():
+        return tensor.values()
+    indices, values = tensor._indices(), tensor._values()
+    place = torch.zeros_like(indices[0])
+    for index, size in zip(indices, tensor.shape, strict=False):  # dimensions that are not sparse have no index
+        place = place * size + index
+    return torch.zeros_like(values).index_add_(0, torch.searchsorted(place.sort().values, place), values)
+
+
+def _real(values: Tensor) -> Tensor:
     """Complex values as their real and imaginary parts, which count as two elements."""
-    return torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+    return torch.view_as_real(values).reshape(-1) if values.is_complex() else values
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flat(tensor: Tensor) -> Tensor:
     """A dense tensor as one dimension without a copy where its memory has no gaps (channels_last included)."""
     return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).reshape(-1)
 
@@ -192,6 +207,7 @@ def _add_exactly(row: list[float], block: Tensor, weight: float) -> None:
     if not math.isfinite(sq_sum):
         finite = torch.isfinite(block)
         row[NONFINITE] += (block.numel() - int(finite.sum())) * weight
+        row[NANS] += int(torch.isnan(block).sum()) * weight
         block = block[finite]
         wide = block.double()
         sq_sum = torch.dot(wide, wide).item()
@@ -203,8 +219,9 @@ def _add_exactly(row: list[float], block: Tensor, weight: float) -> None:
 
 
 def _device_block(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """([3] sum, sum of squares and non-finite count, [] abs-max), float64, without waiting for the device."""
+    """([4] sum, sum of squares, non-finite and nan count, [] abs-max), float64, without waiting for the device."""
     finite = torch.isfinite(flat)
     values = torch.where(finite, flat, 0).double()
-    sums = torch.stack([values.sum(), values.square().sum(), (~finite).sum().double()])
+    counts = (~finite).sum().double(), flat.isnan().sum().double()
+    sums = torch.stack([values.sum(), values.square().sum(), *counts])
     return sums, torch.linalg.vector_norm(values, math.inf) if values.numel() else values.sum()
