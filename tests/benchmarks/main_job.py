@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import random
 import statistics
 import tempfile
 import time
@@ -24,10 +23,10 @@ from torch.utils.data import DataLoader
 from ddp_streammon.train.__main__ import composed, data_and_model
 from ddp_streammon.train.config import load
 from ddp_streammon.train.loop import Training, build, train_epoch, train_loader
+from tests.benchmarks.timing import PATTERN, Alternation
 from tests.ranks import run_ranks
 
 DEFAULTS = ("sinks.console.enabled=false", "trainer.progress=false")
-PATTERN = (True, False, False, True)
 
 
 class Alternating:
@@ -74,13 +73,6 @@ def _job(steps: int, overrides: list[str], folder: str) -> tuple[list[float], li
     return alternating.seconds[8:], alternating.calls[4:]
 
 
-def _interval(values: list[float]) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the median."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(2000))
-    return medians[50], medians[1949]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=800)
@@ -89,15 +81,12 @@ def main() -> None:
     steps = given.steps // 4 * 4
     with tempfile.TemporaryDirectory() as folder:
         seconds, calls = run_ranks(2, _job, steps, given.overrides, folder, timeout=3600)[0]
-    fours = [seconds[start : start + 4] for start in range(0, steps, 4)]
-    ratios = [(a1 + a2) / (b1 + b2) for a1, b1, b2, a2 in fours]
-    low, high = _interval(ratios)
-    monitored = statistics.median(second for four in fours for second in (four[0], four[3]))
-    plain = statistics.median(second for four in fours for second in four[1:3])
+    found = Alternation.of(seconds)
+    ratio = found.ratio
     print(f"2 CPU ranks, {' '.join(given.overrides) or 'the default job'}: {steps} steps, every second one monitored")
-    print(f"step, monitored  {1e3 * monitored:8.2f} ms\nstep, not        {1e3 * plain:8.2f} ms")
+    print(f"step, monitored  {1e3 * found.monitored:8.2f} ms\nstep, not        {1e3 * found.plain:8.2f} ms")
     print(f"monitor.step     {1e3 * statistics.median(calls):8.2f} ms")
-    print(f"ratio            {statistics.median(ratios):8.4f}   (95 % interval {low:.4f} to {high:.4f})")
+    print(f"ratio            {ratio.median:8.4f}   (95 % interval {ratio.low:.4f} to {ratio.high:.4f})")
 
 
 if __name__ == "__main__":

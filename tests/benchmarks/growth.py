@@ -1,0 +1,163 @@
+"""How the monitored step's host cost grows with tensors and ranks: `python -m tests.benchmarks.growth`.
+
+One process. Ranks are those of PyTorch's fake process group, whose collectives return at once: what is left is what
+this project does itself. Packing, unpacking and statistics are also timed alone, on a packet in which every cell is
+filled. Every size is called once in each repeat; figures are medians of host milliseconds, ratios are paired, with
+their 95 % bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg
+from torch import nn
+
+from ddp_streammon import StreamMonitor
+from ddp_streammon.moments import reader
+from ddp_streammon.packet import Layout
+from ddp_streammon.stats import step_layout, step_stats
+from tests.benchmarks import machine
+from tests.benchmarks.counting import dispatched
+from tests.benchmarks.gradients import whole
+from tests.benchmarks.timing import Call, Ratio, Timer, Times, median, table
+
+NAMES = ("rgb", "depth", "shared")
+SCALARS = {"loss": False, "samples": True}
+ELEMENTS = 64
+"""Of a tensor: so few that what is seen is the cost of a tensor, not of its elements."""
+GOAL = 64 * 1024
+"""Bytes of a packet at `GOAL_RANKS` ranks."""
+GOAL_RANKS = 1024
+
+
+def network(tensors: int, device: torch.device) -> nn.Module:
+    """So many tensors, with gradients, dealt out over three streams."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    for number, name in enumerate(NAMES):
+        owned = range(number, tensors, len(NAMES))
+        model.add_module(name, nn.ParameterList(torch.randn(ELEMENTS, device=device) for _ in owned))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return model
+
+
+def monitored(model: nn.Module, ranks: int | None = None) -> StreamMonitor:
+    """A monitor of the model's streams, without a process group or on the last of so many ranks.
+
+    The last, since it reads the last chunk of the gradients, which here is the only one. The fake group answers for
+    the others what this rank says, so it says what can be true of all: that they see the same data.
+    """
+    streams = {name: name for name in NAMES[:2]}
+    if ranks is None:
+        return StreamMonitor(model, streams=streams)
+    last = dist.get_world_size()
+    group = dist.new_group(list(range(last - ranks, last)))
+    return StreamMonitor(model, streams=streams, group=group, model_peers=range(ranks))
+
+
+def step(monitor: StreamMonitor) -> Call:
+    """One monitored step."""
+    return lambda: monitor.step(loss=1.0, samples=8)
+
+
+def reading(monitor: StreamMonitor, device: torch.device) -> Call:
+    """The gradients' moments alone."""
+    read = reader(whole(monitor.streams), len(NAMES), device)
+    return lambda: read(lambda parameter: parameter.grad)
+
+
+def packet_parts(layout: Layout, device: torch.device) -> dict[str, Call]:
+    """What is done with a packet, each alone."""
+    fields = {field.name: torch.ones(field.shape, dtype=torch.float64, device=device) for field in layout.fields}
+    full = torch.ones(layout.size, dtype=torch.float64)
+    sums = layout.unpack(full)
+    return {
+        "pack": lambda: layout.pack(fields, 0, device),
+        "unpack": lambda: layout.unpack(full),
+        "stats": lambda: step_stats(sums, NAMES, SCALARS, 1, layout.heard(0), layout.world_size),
+    }
+
+
+def grown_tensors(sizes: Sequence[int], device: torch.device, repeats: int) -> str:
+    """A table over numbers of tensors, in a single process."""
+    calls: dict[str, Call] = {}
+    built: dict[int, float] = {}
+    for tensors in sizes:
+        model = network(tensors, device)
+        start = time.perf_counter()
+        monitor = monitored(model)
+        built[tensors] = 1e3 * (time.perf_counter() - start)
+        calls |= {f"step {tensors}": step(monitor), f"reading {tensors}": reading(monitor, device)}
+    taken = _host(Timer(device).round_robin(calls, repeats))
+    rows = []
+    for tensors in sizes:
+        steps, readings = taken[f"step {tensors}"], taken[f"reading {tensors}"]
+        rest = [step_ms - reading_ms for step_ms, reading_ms in zip(steps, readings, strict=True)]
+        figures = (*(_median(values) for values in (steps, readings, rest)), built[tensors])
+        each = 1e3 * _median(readings) / tensors
+        rows.append([f"{tensors:,}", *(f"{value:.3f}" for value in figures), f"{each:.2f}"])
+    return table(("tensors", "step ms", "reading ms", "all else ms", "building ms", "reading us a tensor"), rows)
+
+
+def grown_ranks(sizes: Sequence[int], tensors: int, device: torch.device, repeats: int) -> str:
+    """A table over numbers of ranks, which are subgroups of the fake world.
+
+    Turns: in how many packets every rank has sent its slots. Audits compare replicas, and hold all slots at once.
+    """
+    model = network(tensors, device)
+    layouts = {ranks: step_layout(NAMES, tuple(SCALARS), ranks) for ranks in sizes}
+    audits = {ranks: step_layout(NAMES, tuple(SCALARS), ranks, families=len(NAMES)) for ranks in sizes}
+    calls: dict[str, Call] = {}
+    for ranks, layout in layouts.items():
+        calls[f"step {ranks}"] = step(monitored(model, ranks))
+        calls |= {f"{part} {ranks}": call for part, call in packet_parts(layout, device).items()}
+    taken = _host(Timer(device).round_robin(calls, repeats))
+    rows = []
+    for ranks, layout in layouts.items():
+        ratio = Ratio.of(taken[f"step {ranks}"], taken[f"step {sizes[0]}"])
+        parts = [_median(taken[f"{part} {ranks}"]) for part in ("step", "pack", "unpack", "stats")]
+        collectives = dispatched(calls[f"step {ranks}"])["c10d"]
+        figures = (*(f"{part:.3f}" for part in parts), f"{ratio.median:.2f}", f"{ratio.low:.2f} to {ratio.high:.2f}")
+        sent = (f"{8 * layout.size:,}", str(layout.turns), f"{8 * audits[ranks].size:,}")
+        rows.append([f"{ranks:,}", *sent, *figures, str(collectives)])
+    sizes_of = ("packet bytes", "turns", "audit bytes")
+    header = ("ranks", *sizes_of, "step ms", "pack ms", "unpack ms", "stats ms", f"to {sizes[0]}", "95 %")
+    return table((*header, "collectives"), rows)
+
+
+def _host(taken: dict[str, list[Times]]) -> dict[str, list[float]]:
+    return {name: [times.host for times in values] for name, values in taken.items()}
+
+
+def _median(values: Sequence[float]) -> float:
+    middle = median(values)
+    assert middle is not None
+    return middle
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=machine.device, default="cpu")
+    parser.add_argument("--repeats", type=machine.count, default=50)
+    parser.add_argument("--tensors", type=machine.count, nargs="+", default=[10, 100, 1_000, 10_000])
+    parser.add_argument("--ranks", type=machine.count, nargs="+", default=[1, 4, 16, 64, 256, 1_024, 4_096])
+    given = parser.parse_args(arguments)
+    tensors = given.tensors[0]
+    print(machine.described(given.device))
+    print(f"{given.repeats} repeats; {len(NAMES)} streams, tensors of {ELEMENTS} elements\n")
+    print(grown_tensors(given.tensors, given.device, given.repeats))
+    print(f"\n{tensors} tensors, fake process group:\n")
+    with machine.process_group("fake", max(given.ranks)):
+        print(grown_ranks(given.ranks, tensors, given.device, given.repeats))
+    cells = step_layout(NAMES, tuple(SCALARS), GOAL_RANKS).size
+    print(f"\na packet of {GOAL_RANKS:,} ranks and {len(NAMES)} streams: {8 * cells:,} bytes (goal: {GOAL:,})")
+
+
+if __name__ == "__main__":
+    main()
