@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ddp_streammon import keys
 from ddp_streammon.collective import Collective
-from ddp_streammon.moments import ELEMENTS, NONFINITE, SQ_SUM, SUM, moments
+from ddp_streammon.moments import ELEMENTS, NONFINITE, SQ_SUM, SUM, reader
 from ddp_streammon.packet import Field, Layout
-from ddp_streammon.shards import Share
+from ddp_streammon.shards import Share, local
 from ddp_streammon.stats import Figures, ratio
 from ddp_streammon.streams import StreamSet
 
@@ -54,7 +54,7 @@ def weight_figures(
         )
         for share in shares
     ]
-    table = moments(by_tensor, len(tensors), lambda parameter: parameter.detach(), device)
+    table = reader(by_tensor, len(tensors), device)(lambda parameter: local(parameter.detach()))
     shape = (len(streams.streams), 6)
     cells = torch.zeros(shape, dtype=torch.float64, device=device)
     if tensors:
