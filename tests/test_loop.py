@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from ddp_streammon.sinks import read_jsonl
-from ddp_streammon.train.config import ConfigError
+from ddp_streammon.train.__main__ import composed
+from ddp_streammon.train.config import ConfigError, load
 from tests.application import QUIET, SMALL, train, train_ranks
 
 
@@ -84,6 +85,12 @@ def test_a_file_that_is_no_checkpoint_of_this_run_is_refused(tmp_path: Path) -> 
         with pytest.raises(ConfigError, match=text):
             train([*SMALL, *overrides], str(tmp_path / "refused"))
     assert not (tmp_path / "refused" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "inf"])
+def test_a_timeout_is_a_positive_number_of_seconds(seconds: str) -> None:
+    with pytest.raises(ConfigError, match=r"trainer.timeout_s must be a positive number of seconds, got"):
+        load(composed([f"trainer.timeout_s={seconds}"]))
 
 
 def test_all_ranks_end_with_the_same_figures_and_findings(tmp_path: Path) -> None:

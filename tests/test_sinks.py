@@ -6,17 +6,23 @@ import io
 import json
 import logging
 import math
+import os
+import resource
+import signal
 import subprocess
 import sys
+import textwrap
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ddp_streammon.config import Severity
-from ddp_streammon.report import Outcome, Report, RunInfo, Sink
+from ddp_streammon.report import Outcome, Report, RunInfo
 from ddp_streammon.rules.finding import Action, Finding
-from ddp_streammon.sinks import ConsoleSink, FanOut, Guarded, JsonlSink, MemorySink, read_jsonl
+from ddp_streammon.sinks import ConsoleSink, FanOut, Guarded, JsonlSink, MemorySink, guard, read_jsonl
 
 RUN = RunInfo(streams=("rgb", "depth"), config={"lr": 0.1, "data": Path("d")}, inventory="rgb: 3 tensors", name="r")
 STEP = Report("step", 7, 0.5, {"rgb_grad_norm": math.nan, "depth_grad_norm": math.inf, "loss": -math.inf})
@@ -46,11 +52,18 @@ EPOCH = Report(
 OUTCOME = Outcome(summary={"rgb_grad_norm": 1.25}, findings=(), text="the end", exit_code=3)
 
 
+class Threaded(MemorySink):
+    """Kept in the thread that a guard gives to a sink of a file or a service."""
+
+    in_callers_thread = False
+
+
 class Failing(MemorySink):
     """Raises in `write`, and in `close` too, as a client whose service has died does."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_callers_thread: bool) -> None:
         super().__init__()
+        self.in_callers_thread = in_callers_thread
         self.calls: list[str] = []
 
     def write(self, report: Report) -> None:
@@ -62,25 +75,101 @@ class Failing(MemorySink):
         raise ConnectionResetError("still gone")
 
 
-def test_one_sink_that_fails_is_one_warning_and_no_loss_for_others(caplog: pytest.LogCaptureFixture) -> None:
-    failing, memory = Failing(), MemorySink()
-    sinks: Sink = FanOut([failing, memory])
-    with caplog.at_level(logging.INFO, logger="ddp_streammon"):
-        sinks.open(RUN)
-        for report in (STEP, EPOCH, EPOCH):
-            sinks.write(report)
-        sinks.close(OUTCOME)
+class Blocking(Threaded):
+    """Waits in `write` until it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released = threading.Event()
+
+    def write(self, report: Report) -> None:
+        self.released.wait(30)
+        super().write(report)
+
+
+def steps(count: int) -> list[Report]:
+    return [Report("step", number, None, {}) for number in range(1, count + 1)]
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("in_callers_thread", [True, False])
+def test_one_sink_that_fails_is_one_warning_and_no_loss_for_others(
+    in_callers_thread: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing, memory, threaded = Failing(in_callers_thread), MemorySink(), Threaded()
+    sinks = FanOut([failing, memory, threaded])
+    sinks.open(RUN)
+    for report in (STEP, EPOCH, EPOCH):
+        sinks.write(report)
+        assert sinks.flush(5)
+    sinks.close(OUTCOME)
     assert failing.calls == ["write", "close"]
-    assert memory.run is RUN and memory.reports == [STEP, EPOCH, EPOCH] and memory.outcome is OUTCOME
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert "Failing failed in write (ConnectionResetError: service gone): it is off" in record.getMessage()
+    for sink in (memory, threaded):
+        assert sink.run is RUN and sink.reports == [STEP, EPOCH, EPOCH] and sink.outcome is OUTCOME
+    (warning,) = warnings_of(caplog)
+    assert "Failing failed in write (ConnectionResetError: service gone): it is off" in warning
 
 
-def test_a_failure_while_closing_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="ddp_streammon"):
-        Guarded(Failing()).close(OUTCOME)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+@pytest.mark.parametrize("in_callers_thread", [True, False])
+def test_a_failure_while_closing_is_one_warning(in_callers_thread: bool, caplog: pytest.LogCaptureFixture) -> None:
+    Guarded(Failing(in_callers_thread)).close(OUTCOME)
+    assert len(warnings_of(caplog)) == 1
+
+
+def test_a_sink_that_blocks_holds_up_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    blocking, file = Blocking(), JsonlSink(tmp_path / "log.jsonl")
+    sinks = FanOut([blocking, file])
+    sinks.open(RUN)
+    start = time.monotonic()
+    for report in steps(200):
+        sinks.write(report)
+    assert time.monotonic() - start < 1
+    assert sinks.sinks[1].flush(5) and len(read_jsonl(file.path)) == 201
+    assert not sinks.flush(0.05)
+    assert blocking.reports == []
+    blocking.released.set()
+    sinks.close(OUTCOME)
+    assert blocking.reports == steps(200) and blocking.outcome is OUTCOME
+    assert warnings_of(caplog) == []
+
+
+def test_what_a_slow_sink_cannot_take_is_dropped_and_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(guard, "QUEUE_LENGTH", 5)
+    slow = Blocking()
+    guarded = Guarded(slow)
+    guarded.open(RUN)
+    for report in steps(20):
+        guarded.write(report)
+    slow.released.set()
+    guarded.close(OUTCOME)
+    written = [report.step for report in slow.reports]
+    assert written == list(range(1, len(written) + 1)) and len(written) in (5, 6)  # one may be in the sink's hands
+    assert slow.outcome is OUTCOME
+    assert warnings_of(caplog) == [f"Blocking was too slow: {20 - len(written)} of 20 reports are not written"]
+
+
+def test_sinks_that_never_end_are_left_behind_together(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(guard, "CLOSE_SECONDS", 1.0)
+    stuck, well = [Blocking(), Blocking()], Threaded()
+    sinks = FanOut([*stuck, well])
+    sinks.open(RUN)
+    for report in steps(3):
+        sinks.write(report)
+    start = time.monotonic()
+    sinks.close(OUTCOME)
+    assert 1 <= time.monotonic() - start < 1.9
+    assert well.outcome is OUTCOME
+    warning = "Blocking did not end within 1 s and is left behind: 3 of 3 reports are not written"
+    assert warnings_of(caplog) == [warning, warning]
+    for sink in stuck:
+        sink.released.set()
 
 
 def test_a_user_who_interrupts_is_obeyed() -> None:
@@ -90,6 +179,130 @@ def test_a_user_who_interrupts_is_obeyed() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         Guarded(Interrupted()).write(STEP)
+    blocking = Blocking()
+    guarded = Guarded(blocking)
+    guarded.open(RUN)
+    guarded.write(STEP)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        guarded.close(OUTCOME)
+    assert time.monotonic() - start < 5
+    blocking.released.set()
+
+
+def test_sigterm_waits_until_sinks_are_closed() -> None:
+    """torchrun sends it to rank 0 when another rank has died, just as rank 0 ends its records."""
+    events: list[str] = []
+
+    class Slow(Threaded):
+        def close(self, outcome: Outcome) -> None:
+            time.sleep(0.3)
+            events.append("closed")
+
+    before = signal.signal(signal.SIGTERM, lambda *_: events.append("sigterm"))
+    try:
+        sinks = FanOut([Slow()])
+        sinks.open(RUN)
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        sinks.close(OUTCOME)
+        assert events == ["closed", "sigterm"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_closing_in_another_thread_sets_no_signal() -> None:
+    sink = Threaded()
+    guarded = Guarded(sink)
+    guarded.open(RUN)
+    thread = threading.Thread(target=guarded.close, args=(OUTCOME,))
+    thread.start()
+    thread.join(timeout=5)
+    assert sink.outcome is OUTCOME
+
+
+def script(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A process of its own that has the names of this module."""
+    root = Path(__file__).resolve().parent.parent
+    header = "import os, sys, time\nfrom tests.test_sinks import *\n"
+    return subprocess.run(
+        [sys.executable, "-c", header + textwrap.dedent(code)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_process_ends_although_nobody_closed_its_sinks(tmp_path: Path) -> None:
+    done = script(
+        """
+        class Slow(JsonlSink):
+            def write(self, report):
+                time.sleep(0.05)
+                super().write(report)
+        sinks = FanOut([Slow("log.jsonl"), Blocking()])
+        sinks.open(RUN)
+        for report in steps(5):
+            sinks.write(report)
+        print(time.time(), flush=True)
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert time.time() - float(done.stdout) < 5
+    assert [record["step"] for record in read_jsonl(tmp_path / "log.jsonl")] == [None, 1, 2, 3, 4, 5]
+
+
+def test_forked_processes_write_nothing_twice_and_end(tmp_path: Path) -> None:
+    done = script(
+        """
+        sinks = FanOut([JsonlSink("log.jsonl")])
+        sinks.open(RUN)
+        for number, report in enumerate(steps(200)):
+            sinks.write(report)
+            if number % 50 == 0 and os.fork() == 0:
+                sys.exit(0)
+        sinks.close(OUTCOME)
+        assert {os.wait()[1] for _ in range(4)} == {0}
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [record["step"] for record in read_jsonl(tmp_path / "log.jsonl")] == [None, *range(1, 201), None]
+
+
+def test_a_full_disk_is_a_warning_also_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    memory = MemorySink()
+    sinks = FanOut([JsonlSink("/dev/full"), memory])
+    sinks.open(RUN)
+    sinks.write(STEP)
+    sinks.close(OUTCOME)
+    (warning,) = warnings_of(caplog)
+    assert "JsonlSink failed in open (OSError: [Errno 28] No space left on device): it is off" in warning
+    assert memory.reports == [STEP] and memory.outcome is OUTCOME
+
+
+def test_a_file_that_cannot_grow_is_one_warning_and_stays_readable(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sinks = FanOut([JsonlSink(tmp_path / "log.jsonl")])
+    sinks.open(RUN)
+    sinks.write(STEP)
+    assert sinks.flush(5)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "log.jsonl").stat().st_size + 20, limits[1]))
+    try:
+        for report in (STEP, EPOCH):
+            sinks.write(report)
+        sinks.close(OUTCOME)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (warning,) = warnings_of(caplog)
+    assert "JsonlSink failed in write (OSError: [Errno 27] File too large): it is off" in warning
+    assert [record["type"] for record in read_jsonl(tmp_path / "log.jsonl")] == ["run", "step"]
 
 
 def test_a_sink_that_cannot_open_is_heard_before_training() -> None:
@@ -158,6 +371,47 @@ def test_jsonl_survives_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
     resumed.close(OUTCOME)
     types = [record["type"] for record in read_jsonl(path)]
     assert types == ["run", "step", "run", "epoch", "outcome"]
+
+
+def attempt(path: Path, numbers: list[int], resume_step: int | None) -> None:
+    """A run that goes on at `resume_step`, writes these steps and is killed."""
+    sink = JsonlSink(path, resume_step)
+    sink.open(RUN)
+    for number in numbers:
+        sink.write(Report("step", number, None, {}))
+        if number % 2 == 0:
+            sink.write(Report("epoch", number, number / 2, {}))
+
+
+def test_what_a_resumed_run_writes_again_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    attempt(path, [1, 2, 3, 4, 5], resume_step=0)
+    path.write_bytes(path.read_bytes()[:-10])
+    attempt(path, [3, 4, 5], resume_step=2)
+    attempt(path, [5, 6], resume_step=4)
+    records = read_jsonl(path)
+    kinds = [(record["type"], record["step"], record["attempt"]) for record in records]
+    assert [kind for kind in kinds if kind[0] == "run"] == [("run", None, 0), ("run", None, 1), ("run", None, 2)]
+    assert [kind for kind in kinds if kind[0] == "step"] == [
+        *(("step", 1, 0), ("step", 2, 0), ("step", 3, 1), ("step", 4, 1), ("step", 5, 2), ("step", 6, 2)),
+    ]
+    assert [kind for kind in kinds if kind[0] == "epoch"] == [("epoch", 2, 0), ("epoch", 4, 1), ("epoch", 6, 2)]
+    first, second = (read_jsonl(tmp_path / f"log.jsonl.attempt-{number}") for number in (0, 1))
+    assert [(record["step"], record["attempt"]) for record in first] == [(3, 0), (4, 0), (4, 0)]  # 5 was torn
+    assert [(record["step"], record["attempt"]) for record in second] == [(5, 1)]
+
+
+def test_a_torn_line_is_set_aside_and_nothing_else_if_nothing_comes_again(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    attempt(path, [1, 2], resume_step=None)
+    whole = path.read_bytes()
+    attempt(path, [], resume_step=2)
+    assert path.read_bytes().startswith(whole) and not list(tmp_path.glob("*.attempt-*"))
+    torn = path.read_bytes() + b'{"type": "step", "st'
+    path.write_bytes(torn)
+    attempt(path, [3], resume_step=2)
+    assert (tmp_path / "log.jsonl.attempt-1").read_bytes() == b'{"type": "step", "st'
+    assert [record["step"] for record in read_jsonl(path) if record["type"] == "step"] == [1, 2, 3]
 
 
 def test_a_file_that_something_else_changed_is_not_read_in_silence(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import signal
 import socket
 import sys
 import threading
@@ -258,31 +257,31 @@ def test_a_server_that_refuses_costs_a_warning_and_a_wait(
     assert seconds < 30
 
 
-def test_sigterm_cannot_break_into_finish(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun sends SIGTERM to rank 0 when another rank has died, just as rank 0 finishes its run."""
-    sink = WandbSink()
-    sink.open(RUN)
-    run, finished = wandb.run, []
-
-    def finish(exit_code: int) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        finished.append(exit_code)
-
-    monkeypatch.setattr(run, "finish", finish)
-    before = signal.getsignal(signal.SIGTERM)
-    sink.close(Outcome({}, (), "", exit_code=1))
-    assert finished == [1] and signal.getsignal(signal.SIGTERM) is before
-    monkeypatch.undo()
-    run.finish()
+def test_a_run_of_our_own_is_logged_and_finished_in_a_thread_of_its_own(tmp_path: Path) -> None:
+    both = FanOut([WandbSink(run_id="r1")])
+    both.open(RUN)
+    assert wandb.run is not None
+    names = {thread.name for thread in threading.enumerate()}
+    both.write(step(1))
+    assert {thread.name for thread in threading.enumerate()} - names == {"ddp_streammon WandbSink"}
+    both.close(OUTCOME)
+    assert wandb.run is None
+    run = written(tmp_path / "wandb")
+    assert run.exit_code == 0 and [row["train/loss"] for row in run.history if STEP_AXIS in row] == [1.0]
 
 
-def test_closing_in_another_thread_sets_no_signal() -> None:
-    sink = WandbSink()
-    sink.open(RUN)
-    thread = threading.Thread(target=sink.close, args=(OUTCOME,))
-    thread.start()
-    thread.join(timeout=30)
-    assert not thread.is_alive() and wandb.run is None
+def test_an_active_run_is_logged_into_by_the_owners_thread_only(tmp_path: Path) -> None:
+    """Between a row that the owner has begun and the one that he commits, nothing of ours commits."""
+    with wandb.init(mode="offline", settings={"console": "off"}) as owner:
+        sinks = FanOut([WandbSink(join_rows=True)])
+        sinks.open(RUN)
+        for number in (1, 2, 3):
+            sinks.write(step(number))
+            owner.log({"mine": float(number)})
+        sinks.close(OUTCOME)
+        assert "ddp_streammon WandbSink" not in {thread.name for thread in threading.enumerate()}
+    rows = [row for row in written(tmp_path / "wandb").history if "mine" in row]
+    assert [(row["mine"], row[STEP_AXIS]) for row in rows] == [(1.0, 1), (2.0, 2), (3.0, 3)]
 
 
 def test_bad_settings_are_refused_with_the_valid_ones(tmp_path: Path) -> None:

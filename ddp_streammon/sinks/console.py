@@ -30,6 +30,9 @@ class ConsoleSink:
     before are counted, not repeated.
     """
 
+    in_callers_thread = True
+    """The lines keep their place among the loop's own prints, which a stalled terminal would hold up as well."""
+
     def __init__(self, stream: TextIO | None = None, action_style: ActionStyle = "words") -> None:
         """`stream`: standard output unless given. Raises ValueError for an unknown `action_style`."""
         if action_style not in get_args(ActionStyle):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ddp_streammon.report import Outcome, Report, RunInfo
 from ddp_streammon.rules.finding import Finding
@@ -17,21 +18,28 @@ _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class JsonlSink:
-    """Appends to a file, flushed after each record, so that a killed job loses at most the line in work.
+    """Appends to a file, each record written at once, so that a killed job loses at most the line in work.
 
-    A record is `{"type": "run" | "step" | "epoch" | "outcome", "step", "epoch", "time" (unix seconds),
-    "values", "findings"}`; `run` also has `name`, `streams`, `config` and `inventory`, `outcome`
-    also has `text` and `exit_code`. A resumed run appends a `run` record of its own. nan and infinities are
-    the strings "NaN", "Infinity" and "-Infinity", which `read_jsonl` turns back.
+    A record is `{"type": "run" | "step" | "epoch" | "outcome", "step", "epoch", "time" (of writing, unix seconds),
+    "attempt", "values", "findings"}`; `run` also has `name`, `streams`, `config` and `inventory`, `outcome` also has
+    `text` and `exit_code`. A resumed run appends a `run` record of its own, and its records have the next number as
+    their `attempt` (the first is 0). nan and infinities are the strings "NaN", "Infinity" and "-Infinity", which
+    `read_jsonl` turns back.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Raises OSError with the path where it cannot be written; creates missing folders."""
+    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
+        """Raises OSError with the path where it cannot be written; creates missing folders.
+
+        `resume_step`: the step at which the run goes on. What the file holds of later steps will come again, so
+        `open` moves it to `<path>.attempt-<N>` beside it. None: the file is left as it is.
+        """
         self.path = Path(path)
-        self._file: TextIO | None = None
+        self._resume_step = resume_step
+        self._attempt = 0
+        self._file: FileIO | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.open("a", encoding="utf-8").close()
+            self.path.open("ab").close()
         except OSError as error:
             raise OSError(
                 f"cannot write the JSONL file {str(self.path)!r} ({error.strerror or error}): "
@@ -39,11 +47,16 @@ class JsonlSink:
             ) from error
 
     def open(self, run: RunInfo) -> None:
-        """Append the run's description."""
-        torn = _ends_inside_a_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        """Set aside what will come again, and append the run's description."""
+        torn = False
+        if self.path.is_file():
+            self._attempt = _last_attempt(self.path) + 1
+            if self._resume_step is not None:
+                _set_aside(self.path, self._resume_step)
+            torn = _ends_inside_a_line(self.path)
+        self._file = FileIO(self.path, "a")  # no buffer: a process forked in the meantime has nothing to write twice
         if torn:
-            self._file.write("\n")
+            self._write(b"\n")
         self._append(
             _record("run", None, None, {}, ())
             | {
@@ -72,10 +85,14 @@ class JsonlSink:
             self._file = None
 
     def _append(self, record: Mapping[str, Any]) -> None:
+        numbered = {**record, "attempt": self._attempt}
+        self._write((json.dumps(_strict(numbered), allow_nan=False, ensure_ascii=False) + "\n").encode())
+
+    def _write(self, line: bytes) -> None:
         if self._file is None:
             raise RuntimeError(f"the JSONL file {str(self.path)!r} is not open: call open() before write()")
-        self._file.write(json.dumps(_strict(record), allow_nan=False, ensure_ascii=False) + "\n")
-        self._file.flush()
+        while line:
+            line = line[self._file.write(line) :]
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -103,6 +120,39 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         if record is not None:
             records.append(_restored(record))
     return records
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Where each line begins, in bytes, and its record; empty for a torn line."""
+    place = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = {}
+            yield place, record
+            place += len(line)
+
+
+def _last_attempt(path: Path) -> int:
+    """The largest number of an attempt in the file; -1 if it has no records, 0 for records without a number."""
+    return max((record.get("attempt", 0) for _, record in _lines(path) if record), default=-1)
+
+
+def _set_aside(path: Path, step: int) -> None:
+    """Move everything from the first record of a later step on to a file beside it, and a torn line at the end."""
+    cut = next((place for place, record in _lines(path) if (record.get("step") or 0) > step), None)
+    if cut is None and _ends_inside_a_line(path):
+        *_, (cut, _) = _lines(path)
+    if cut is None:
+        return
+    with path.open("rb+") as file:
+        file.seek(cut)
+        rest = file.read()
+        with path.with_name(f"{path.name}.attempt-{_last_attempt(path)}").open("ab") as aside:
+            aside.write(rest)
+        file.truncate(cut)
 
 
 def _ends_inside_a_line(path: Path) -> bool:

@@ -8,6 +8,9 @@ from ddp_streammon.report import Outcome, Report, RunInfo
 class MemorySink:
     """Keeps everything it is told. Unbounded: one Report for each monitored step."""
 
+    in_callers_thread = True
+    """It never waits, and its reader wants a report as soon as it is given."""
+
     def __init__(self) -> None:
         self.run: RunInfo | None = None
         self.reports: list[Report] = []

@@ -6,12 +6,9 @@ import logging
 import netrc
 import os
 import secrets
-import signal
 import sys
 import textwrap
-import threading
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,8 +37,8 @@ _TITLE_LENGTH = 60
 """W&B wants less than 64 characters."""
 _INIT_SECONDS = 20
 """How long a server may keep rank 0 (and, at the next collective, everybody) waiting."""
-_EXTRA_SETTINGS = {"finish_timeout": 20, "x_transaction_log_flush_interval": 1}
-"""Seconds. torchrun kills 30 s after SIGTERM: rows must be on disk before it, and finish be done by then."""
+_EXTRA_SETTINGS = {"finish_timeout": 15, "x_transaction_log_flush_interval": 1}
+"""Seconds. Rows are on disk a second after they are logged, and finish gives up before its guard does."""
 
 _REMEDY = "pip install wandb, or leave the sink out"
 
@@ -125,6 +122,11 @@ class WandbSink:
             for figure in figures:
                 self._run.define_metric(f"{figure}/*", step_metric=axis)
 
+    @property
+    def in_callers_thread(self) -> bool:
+        """An active run is logged into where its owner logs: rows that he has begun are not committed by another."""
+        return self._run is not None and not self._owned
+
     def write(self, report: Report) -> None:
         """Log the values (step reports thinned by `log_every`) and send the alerts."""
         if self._run is None:
@@ -139,13 +141,12 @@ class WandbSink:
         """Write the table of findings and the summary; finish the run if it is ours."""
         if self._run is None:
             return
-        with _sigterm_ignored():
-            try:
-                self._conclude(outcome)
-            finally:
-                run, self._run = self._run, None
-                if self._owned:
-                    run.finish(exit_code=outcome.exit_code)
+        try:
+            self._conclude(outcome)
+        finally:
+            run, self._run = self._run, None
+            if self._owned:
+                run.finish(exit_code=outcome.exit_code)
 
     def _started(self, run: RunInfo, config: Mapping[str, Any]) -> Any:
         """A run of our own; offline where the server does not answer."""
@@ -280,16 +281,3 @@ def _settings(wandb: Any) -> Any:
         except (AttributeError, TypeError, ValueError):
             _log.debug("this version of wandb has no setting %s", name)
     return settings
-
-
-@contextmanager
-def _sigterm_ignored() -> Iterator[None]:
-    """Let W&B finish although torchrun asks rank 0 to go. Signals can be set in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)

@@ -11,10 +11,37 @@ import numpy
 import torch
 from torch import nn
 
-from ddp_streammon.train.config import ConfigError
+from ddp_streammon.collective import Collective
+from ddp_streammon.train.config import AUTO, ConfigError
+
+FILE = "checkpoint.pt"
+"""Its name in the run directory."""
 
 KEYS = frozenset(("epoch", "model", "optimizer", "scaler", "schedulers", "monitor", "rng", "figures"))
 """What tells a checkpoint of the application from other files."""
+
+
+def find(resume: str | None, run_dir: Path, collective: Collective) -> Path | None:
+    """The checkpoint to go on from, if any; `resume` as in the configuration.
+
+    A job that torchrun has restarted goes on from its own, also where `resume` named the one that it began with.
+    Errors: ConfigError where ranks do not see the same. Comm: one all_gather_object.
+    """
+    if resume is None:
+        return None
+    own = run_dir / FILE
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # some hosts' ranks may know, others not
+    seen, known = zip(*collective.gather((own.is_file(), restarted)), strict=True)
+    if resume != AUTO and not any(known):
+        return Path(resume)
+    if len(set(seen)) > 1:
+        raise ConfigError(
+            f"rank {seen.index(True)} sees a checkpoint {str(own)!r}, rank {seen.index(False)} does not: the run "
+            "directory must be one that all hosts share, or say trainer.resume=null to start anew"
+        )
+    if seen[0]:
+        return own
+    return None if resume == AUTO else Path(resume)
 
 
 def rng_state() -> dict[str, Any]:
@@ -64,6 +91,6 @@ def load(path: str | Path, device: torch.device, model: nn.Module) -> dict[str, 
         names = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
         raise ConfigError(
             f"trainer.resume: {str(path)!r} is of another model ({', '.join(names[:3])} and their like differ): "
-            "resume with the configuration that it was trained with"
+            "resume with the configuration that it was trained with, or say trainer.resume=null to start anew"
         )
     return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -17,6 +18,9 @@ from ddp_streammon.config import MonitorConfig, RuleSet, Severity
 from ddp_streammon.sinks.wandb import MODES
 from ddp_streammon.train.early_stopping import Criteria
 from ddp_streammon.train.optim import Schedule, StreamOptim
+
+AUTO = "auto"
+"""`trainer.resume`: the run directory's own checkpoint."""
 
 
 class ConfigError(ValueError):
@@ -207,20 +211,27 @@ class TrainerSection:
     device: Device = Device.auto
     num_workers: int = 0
     seed: int = 0
-    resume: str | None = None
-    """A checkpoint file to go on from."""
+    resume: str | None = AUTO
+    """`auto`: goes on from the run directory's checkpoint if there is one; a checkpoint file; null: starts anew."""
     checkpoint_every: int = 5
     """Epochs between two checkpoints; the last epoch always has one. 0: none."""
     progress: bool = True
     """A progress bar on rank 0, where the terminal can show one."""
     find_unused_parameters: bool = False
+    timeout_s: float = 600.0
+    """Seconds after which a collective that another rank does not join ends the job."""
 
     def __post_init__(self) -> None:
         _at_least("trainer", self, epochs=1, batch_size=1, accumulate=1, num_workers=0, checkpoint_every=0)
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"trainer.clip_norm must be positive (or null), got {self.clip_norm}")
-        if self.resume is not None and not Path(self.resume).is_file():
-            raise ValueError(f"trainer.resume: there is no file {self.resume!r}; give the path of a checkpoint.pt")
+        if not 0 < self.timeout_s < math.inf:
+            raise ValueError(f"trainer.timeout_s must be a positive number of seconds, got {self.timeout_s}")
+        if self.resume not in (None, AUTO) and not Path(self.resume).is_file():
+            raise ValueError(
+                f"trainer.resume: there is no file {self.resume!r}; give the path of a checkpoint.pt, "
+                f"{AUTO} (the run directory's own) or null (start anew)"
+            )
 
 
 @dataclass

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
@@ -27,13 +25,15 @@ from ddp_streammon.evaluation import Items, Score, classification, measure
 from ddp_streammon.monitor import StreamMonitor
 from ddp_streammon.report import Sink
 from ddp_streammon.rules.finding import Finding
-from ddp_streammon.sinks import ConsoleSink, JsonlSink, WandbSink
+from ddp_streammon.sinks import ConsoleSink, FanOut, JsonlSink, WandbSink
+from ddp_streammon.sinks.guard import EXIT_SECONDS
 from ddp_streammon.streams import StreamLike, StreamSet, StreamSpec
 from ddp_streammon.train import checkpoint
-from ddp_streammon.train.config import AppConfig, Device, Precision, StreamSection, monitor_config
+from ddp_streammon.train.config import AppConfig, Precision, StreamSection, monitor_config
 from ddp_streammon.train.data import StreamData
 from ddp_streammon.train.early_stopping import Criteria, StreamEarlyStopping
 from ddp_streammon.train.optim import StreamOptim, StreamSchedulers, build_optimizer, stream_param_groups
+from ddp_streammon.train.process import process_group, sigterm_unwinds
 
 _log = logging.getLogger("ddp_streammon")
 JSONL = "metrics.jsonl"
@@ -85,6 +85,7 @@ class Training:
     collective: Collective
     monitor: StreamMonitor | None
     criterion: nn.Module
+    sinks: FanOut
     wandb: WandbSink | None = None
     epoch: int = 0
     figures: dict[str, float] = field(default_factory=dict)
@@ -121,12 +122,11 @@ def run(config: AppConfig, data: StreamData, model: nn.Module, run_dir: Path, se
 
     Seed before the model is made (`seed_all`), or its first weights are others each time.
 
-    `settings` is the resolved configuration, for the sinks. Every rank calls it with the same arguments.
+    `settings` is the resolved configuration, for the sinks. Every rank calls it with the same arguments. SIGTERM ends
+    it as an exception would: records are brought to disk, and the process exits with code 143.
     """
-    with _process_group(config.trainer.device) as device:
+    with sigterm_unwinds(), process_group(config.trainer) as device:
         training = build(config, data, model, run_dir, settings, device)
-        if config.trainer.resume is None:  # dropout and augmentation differ between ranks
-            seed_all(config.trainer.seed + training.rank)
         exit_code = 1
         try:
             _train(training)
@@ -150,23 +150,6 @@ def _records(training: Training) -> dict[str, str]:
     jsonl = {"JSONL file": str(training.run_dir / JSONL)} if training.config.sinks.jsonl.enabled else {}
     location = training.wandb.location if training.wandb is not None else ""
     return jsonl | ({"W&B run": location} if location else {})
-
-
-@contextlib.contextmanager
-def _process_group(wanted: Device) -> Iterator[torch.device]:
-    """The process group that torchrun asks for (none without it), and this rank's device."""
-    use_cuda = wanted is Device.cuda or (wanted is Device.auto and torch.cuda.is_available())
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        torch.cuda.set_device(device)
-    if not dist.is_torchelastic_launched():
-        yield device
-        return
-    dist.init_process_group("nccl" if use_cuda else "gloo", device_id=device if use_cuda else None)
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
 
 
 def build(
@@ -202,16 +185,18 @@ def build(
         )
     patience = {n: Criteria(s.patience, s.min_delta) for n, s in config.streams.items() if s.patience is not None}
     modules = {name: [model.get_submodule(path) for path in streams[name].roots] for name in streams.user_names}
-    saved = checkpoint.load(config.trainer.resume, device, model) if config.trainer.resume else None
-    monitor, wandb_sink = None, None
+    source = checkpoint.find(config.trainer.resume, run_dir, collective)
+    saved = checkpoint.load(source, device, model) if source else None
+    monitor, sinks, wandb_sink = None, FanOut(()), None
     if config.monitor.enabled:
-        sinks, wandb_sink = _sinks(config, run_dir, saved) if collective.topology.rank == 0 else ([], None)
+        if collective.topology.rank == 0:
+            sinks, wandb_sink = _sinks(config, run_dir, saved)
         monitor = StreamMonitor(
             wrapped,
             optimizer,
             specs,
             config=monitor_config(config),
-            sinks=sinks,
+            sinks=[sinks],
             name=run_dir.name,
             run={**settings, "run_dir": str(run_dir), "world_size": collective.topology.world_size},
         )
@@ -230,10 +215,14 @@ def build(
         collective=collective,
         monitor=monitor,
         criterion=getattr(model, "criterion", None) or nn.CrossEntropyLoss(),
+        sinks=sinks,
         wandb=wandb_sink,
     )
+    seed_all(config.trainer.seed + training.rank)  # dropout and augmentation differ between ranks
     if saved is not None:
         _restore(training, saved)
+        if training.rank == 0:
+            _log.info("goes on after epoch %d, from %s", training.epoch, source)
     return training
 
 
@@ -242,16 +231,17 @@ def stream_specs(sections: Mapping[str, StreamSection]) -> dict[str, StreamLike]
     return {name: StreamSpec(patterns=tuple(section.patterns or (name,))) for name, section in sections.items()}
 
 
-def _sinks(config: AppConfig, run_dir: Path, saved: Mapping[str, Any] | None) -> tuple[list[Sink], WandbSink | None]:
+def _sinks(config: AppConfig, run_dir: Path, saved: Mapping[str, Any] | None) -> tuple[FanOut, WandbSink | None]:
     """Rank 0's sinks, the record of truth first."""
     sinks: list[Sink] = []
     if config.sinks.jsonl.enabled:
-        sinks.append(JsonlSink(run_dir / JSONL))
+        monitored = (saved or {}).get("monitor") or {"calls": 0}
+        sinks.append(JsonlSink(run_dir / JSONL, resume_step=monitored["calls"]))
     if config.sinks.console.enabled:
         sinks.append(ConsoleSink(action_style="hydra"))
     section = config.sinks.wandb
     if not section.enabled:
-        return sinks, None
+        return FanOut(sinks), None
     wandb_sink = WandbSink(
         mode=section.mode,
         project=section.project,
@@ -263,7 +253,7 @@ def _sinks(config: AppConfig, run_dir: Path, saved: Mapping[str, Any] | None) ->
         log_every=section.log_every,
         alerts=section.alerts,
     )
-    return [*sinks, wandb_sink], wandb_sink
+    return FanOut([*sinks, wandb_sink]), wandb_sink
 
 
 def _train(training: Training) -> None:
@@ -441,11 +431,15 @@ def _schedule(training: Training) -> None:
 
 
 def _save(training: Training) -> None:
-    """Write RUN_DIR/checkpoint.pt from rank 0. Comm: one all_gather_object of the random states."""
+    """Write RUN_DIR/checkpoint.pt from rank 0, after the records of the steps that it holds.
+
+    Comm: one all_gather_object of the random states.
+    """
     rng = training.collective.gather(checkpoint.rng_state())
     monitor_state = training.monitor.state_dict() if training.monitor is not None else None
     if training.rank != 0:
         return
+    training.sinks.flush(EXIT_SECONDS)
     state = {
         "epoch": training.epoch,
         "model": training.model.state_dict(),
@@ -458,7 +452,7 @@ def _save(training: Training) -> None:
         "figures": dict(training.figures),
         "wandb_run_id": training.wandb.run_id if training.wandb else None,
     }
-    checkpoint.save(training.run_dir / "checkpoint.pt", state)
+    checkpoint.save(training.run_dir / checkpoint.FILE, state)
 
 
 def _restore(training: Training, state: Mapping[str, Any]) -> None:
