@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.benchmarks import growth, machine, peers, statistics, whole_step
+from tests.benchmarks import growth, machine, peers, soak, statistics, whole_step
 from tests.benchmarks.counting import counts, dispatched
 from tests.benchmarks.gradients import PIXELS, Gradients, gradient_bytes, two_streams
 from tests.benchmarks.timing import Alternation, Ratio, Timer, interval, median, table
@@ -73,6 +73,13 @@ def test_statistics_prints_every_method_with_its_counts(printed: Run) -> None:
         statistics.SENT: "1",
         "AdaptDL-style": "1",
     }
+
+
+def test_a_long_job_holds_no_more_memory_at_its_end_than_once_history_is_full(printed: Run) -> None:
+    found = rows(printed(soak.main, "--steps", "3000", "--ranks", "3", "--history", "300"), "steps")
+    memory = [float(cells["memory MB"]) for cells in found.values()]
+    assert list(found) == [f"{300 * part:,}" for part in range(1, 11)]
+    assert memory[-1] < memory[2] + 2  # a leak of 1 KB a step would be 2.1 MB over the last seven parts
 
 
 def test_growth_prints_the_packet_of_each_number_of_ranks_and_one_collective(printed: Run) -> None:
