@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -49,13 +49,9 @@ def _scale(gradients: Iterable[Tensor | None], max_norm: float, norm: Tensor) ->
         if gradient is None:
             continue
         gradient = local(gradient)
-        if gradient.layout == torch.strided:
+        if gradient.layout == torch.strided and not gradient.is_conj() and not gradient.is_neg():
             groups.setdefault((gradient.device, gradient.dtype), []).append(gradient)
         else:
             gradient.mul_(coefficient.to(gradient.device))
     for (device, dtype), members in groups.items():
-        torch._foreach_mul_(_real(members), coefficient.to(device, dtype.to_real()))
-
-
-def _real(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+        torch._foreach_mul_(members, coefficient.to(device, dtype.to_real()))

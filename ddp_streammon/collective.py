@@ -39,6 +39,12 @@ class Reduction:
             self._event = None
         return self._host
 
+    def arrived(self) -> bool:
+        """Whether `wait` would return at once; ranks may disagree, so nothing that trains depends on it. Sync: none."""
+        if self._work is not None and not self._work.is_completed():
+            return False
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
     def summed(self) -> Tensor:
         """The sum where the packet lies, for use on the current stream. Sync: none on CUDA; waits on CPU."""
         if self._work is not None:
@@ -57,7 +63,6 @@ class Collective:
         self.topology = Topology.of(rank, size)
         backend = dist.get_backend(group) if self.distributed else ""
         self._device_type = {"nccl": "cuda", "gloo": "cpu"}.get(backend)
-
 
     def share_data(self, peers: Sequence[Sequence[int]]) -> None:
         """Take over which ranks see the same data: for each rank those, itself included."""

@@ -42,6 +42,9 @@ class MonitorConfig:
     update_every: int = 0
     """Calls between two looks at what the optimizer really changes (`X_update_ratio`); 0: never. Takes the memory of a
     copy of this rank's share of the weights."""
+    local_gradients: bool = False
+    """Measure each rank's own gradient too, in the backward pass before DDP averages it: one more read of gradients.
+    Names the rank and the parameter of a non-finite gradient, the outlier rank, and ranks fed the same batch."""
     history_limit: int = 10_000
     """Values kept for each key; 24 bytes each. Older ones are dropped (the JSONL sink has them all)."""
     rules: RuleSet = RuleSet.guide

@@ -32,6 +32,10 @@ GRAD_FIGURES = (GRAD_NORM, GRAD_MEAN, GRAD_MAX, GRAD_SHARE, GRAD_NONFINITE, GRAD
 UPDATE_NORM, UPDATE_RATIO = "update_norm", "update_ratio"
 UPDATE_FIGURES = (UPDATE_NORM, UPDATE_RATIO)
 
+LOCAL_NORM = "local_grad_norm"
+MAX_RANKS = 16
+"""Ranks that have keys of their own; of more, findings speak."""
+
 WEIGHT_NORM = "weight_norm"
 WEIGHT_MEAN = "weight_mean"
 WEIGHT_ELEMENT_MEAN = "weight_element_mean"
@@ -57,6 +61,11 @@ EPOCH = "epoch"
 def of_stream(stream: str, figure: str) -> str:
     """`of_stream("rgb", GRAD_NORM)` is `rgb_grad_norm`."""
     return f"{stream}_{figure}"
+
+
+def of_rank(stream: str, figure: str, rank: int) -> str:
+    """`of_rank("rgb", LOCAL_NORM, 3)` is `rgb_local_grad_norm_rank3`."""
+    return f"{of_stream(stream, figure)}_rank{rank}"
 
 
 def pairs(streams: Iterable[str]) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ is not the sum of squares. Such tensors are small, so their elements have cells 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,11 +61,11 @@ def check_size(tensors: Sequence[Linear]) -> None:
 def cells(
     tensors: Sequence[Linear],
     parameters: Mapping[str, nn.Parameter],
-    copies: Callable[[nn.Parameter], int],
+    copies: Mapping[int, int],
     inverse_scale: float | Tensor,
     device: torch.device,
 ) -> Tensor:
-    """This rank's summands. `copies`: how many ranks hold the same part of a parameter.
+    """This rank's summands. `copies`: how many ranks hold the same part, by the parameter's id.
 
     Shape: [sum of (size + 1)] float64: the elements, and one cell that says that there is a gradient. Comm, Sync: none.
     """
@@ -79,7 +79,7 @@ def cells(
             summed = math.prod(parameter.grad.device_mesh.shape[dimension] for dimension in partial)
             part = parameter.grad.to_local().reshape(-1)
             first = start + _offset(tensor.name, parameter)
-            result[first : first + len(part)] = part.double() * (inverse_scale * (summed / copies(parameter)))
+            result[first : first + len(part)] = part.double() * (inverse_scale * (summed / copies[id(parameter)]))
             result[stop - 1] = 1.0
         start = stop
     return result

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ddp_streammon import linear, stats
+from ddp_streammon import linear
 from ddp_streammon.clipping import clip_
-from ddp_streammon.collective import Collective, Reduction
+from ddp_streammon.collective import Collective
 from ddp_streammon.linear import Linear
+from ddp_streammon.local_gradients import LocalGradients
 from ddp_streammon.moments import ABS_MAX, SQ_SUM, SUM, Reader, moments, reader
-from ddp_streammon.packet import Layout
+from ddp_streammon.plan import Measurement, Plan
 from ddp_streammon.ranks import Clock, RankFacts, bit_sum
 from ddp_streammon.shards import Family, Share, families, holdings, local, model_peers, refuse_unsupported, shares
 from ddp_streammon.stats import (
@@ -24,107 +24,18 @@ from ddp_streammon.stats import (
     CHECKSUMS,
     FACTS,
     LINEAR,
+    LOCAL,
     MAXIMA,
     MOMENTS,
     SCALARS,
     STATE,
     UPDATES,
-    Figures,
     ScalarLike,
     StepStats,
-    Total,
 )
 from ddp_streammon.streams import StreamSet
 from ddp_streammon.updates import Updates
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a measurement's packet holds; fixed, so worked out once."""
-
-    streams: tuple[str, ...]
-    scalars: Mapping[str, bool]
-    """The user's numbers, and whether each is added up."""
-    tensors: tuple[Linear, ...]
-    """Gradients that are squared after the sum."""
-    families: tuple[Family, ...]
-    """Those whose checksums the packet of an audit holds."""
-    layout: Layout
-    audit_layout: Layout
-    names: tuple[str, ...]
-    """The keys of its figures."""
-
-    @classmethod
-    def of(
-        cls,
-        streams: tuple[str, ...],
-        scalars: Mapping[str, bool],
-        tensors: tuple[Linear, ...],
-        families: tuple[Family, ...],
-        world_size: int,
-        *,
-        updates: bool,
-    ) -> Plan:
-        """The plan for these streams, numbers and tensors."""
-        cells = linear.cell_count(tensors)
-        layout = stats.step_layout(streams, tuple(scalars), world_size, linear=cells, updates=updates)
-        audit = stats.step_layout(
-            streams, tuple(scalars), world_size, linear=cells, updates=updates, families=len(families)
-        )
-        return cls(streams, scalars, tensors, families, layout, audit, stats.step_keys(streams, scalars))
-
-
-@dataclass
-class Measurement:
-    """A measured step whose sum over ranks is under way."""
-
-    call: int
-    plan: Plan
-    reduction: Reduction
-    world_size: int
-    turn: int
-    audit: bool
-    """Whether the packet compares replicas."""
-    shadow: bool
-    """Whether this rank had nothing to measure, and only took part."""
-    updates: bool
-    """Whether the packet holds figures of an update."""
-    result: StepStats | None = None
-
-    @property
-    def layout(self) -> Layout:
-        """Of its packet."""
-        return self.plan.audit_layout if self.audit else self.plan.layout
-
-    def read(self) -> StepStats:
-        """The step's figures; waits for the collective the first time."""
-        if self.result is None:
-            sums = self.layout.unpack(self.reduction.wait(), self.turn)
-            if self.plan.tensors:
-                _add_linear(sums, linear.moments(self.plan.tensors, sums[LINEAR], len(self.plan.streams)))
-            heard = self.layout.heard(self.turn)
-            compared = self.plan.families if self.audit else ()
-            self.result = stats.step_stats(
-                sums, self.plan.streams, self.plan.scalars, self.call, heard, self.world_size, compared
-            )
-        return self.result
-
-    def moments(self) -> Tensor:
-        """The streams' additive figures over all ranks, [S, M] without the abs-max, where the packet lies.
-
-        Sync: none on CUDA with NCCL; waits for the collective on CPU.
-        """
-        packet = self.reduction.summed()
-        table = self.layout.view(packet, MOMENTS)
-        if self.plan.tensors:
-            cells = self.layout.view(packet, LINEAR)
-            table = table + linear.moments(self.plan.tensors, cells, len(self.plan.streams))[:, :ABS_MAX]
-        return table
-
-    def figures(self) -> Figures:
-        """The same under their keys; waits when read."""
-        names = stats.update_keys(self.plan.streams) if self.updates else ()
-        return Figures((*self.plan.names, *names), lambda: self.read().values())
+from ddp_streammon.user_numbers import scalar_cells
 
 
 class GradientMeter:
@@ -138,6 +49,7 @@ class GradientMeter:
         optimizers: Sequence[torch.optim.Optimizer],
         *,
         update_every: int = 0,
+        local_gradients: bool = False,
         peers: Sequence[int] | None = None,
     ) -> None:
         """`model` as it is trained, wrappers included. `peers`: the ranks that see the same data as this one.
@@ -165,8 +77,8 @@ class GradientMeter:
         self._tensors: tuple[Linear, ...] = ()
         self._proved = [False] * len(self._families)
         self._clock = Clock(model)
-        self._maxima: Tensor | None = None
-        self._bad: Tensor | None = None
+        self._local = LocalGradients(streams, model, self.device) if local_gradients else None
+        self._kept: tuple[Tensor, Tensor] | None = None
         self._make_readers()
         self._updates = Updates(self.shares, len(streams.streams), self.device, update_every)
 
@@ -184,14 +96,22 @@ class GradientMeter:
             return self._tensors
         return tuple(sorted({*self._tensors, *linear.find(self._streams)}))
 
-    def plan(self, scalars: Mapping[str, bool], tensors: tuple[Linear, ...] = ()) -> Plan:
-        """The plan of a packet that carries these numbers of the user's, and these tensors' gradients as they are."""
+    def plan(self, scalars: Mapping[str, bool], tensors: tuple[Linear, ...] = (), *, of_step: bool = True) -> Plan:
+        """The plan of a packet that carries these numbers of the user's, and these tensors' gradients as they are.
+
+        `of_step`: whether it is a step's, or the gradients' alone.
+        """
         if tensors != self._tensors:
             linear.check_size(tensors)
             self._tensors = tensors
             self._make_readers()
         size = self._collective.topology.world_size
-        return Plan.of(self._streams.names, scalars, tensors, self._families, size, updates=self._updates.every > 0)
+        return Plan.of(
+            *(self._streams.names, scalars, tensors, self._families, size),
+            updates=self._updates.every > 0,
+            local=self._local is not None,
+            of_step=of_step,
+        )
 
     def any_gradient(self) -> bool:
         """Whether any parameter has a gradient on this rank."""
@@ -217,29 +137,23 @@ class GradientMeter:
         Comm: one all_reduce(SUM). Sync: none.
         """
         table = (self._read_in_full if in_full or audit else self._read)(_gradient)
-        scaled = scaler is not None and scaler.is_enabled()
         inverse: float | Tensor = 1.0
+        scaled = scaler is not None and scaler.is_enabled()
         if scaler is not None and scaled:
             inverse = self._inverse_scale(scaler)
             table = unscale(table, inverse)
         cells, bad = scalar_cells(tuple(plan.scalars), numbers, samples, self.device)
         cells[:, :3] /= self._collective.topology.model_peers
-        maxima = table[:, ABS_MAX]
-        if plan.layout.turns > 1:
-            maxima, bad = self._since_last_turn(maxima, bad)
-        fields = step_fields(table, cells, bad, epoch=epoch, scaled=scaled) | {MAXIMA: maxima}
-        fields[FACTS] = torch.tensor(self._facts(samples).cells(), dtype=torch.float64)
-        if plan.tensors:
-            copies = lambda parameter: self._copies[id(parameter)]  # noqa: E731
-            fields[LINEAR] = linear.cells(plan.tensors, self._parameters, copies, inverse, self.device)
-        updates = self._updates.pending
-        if self._updates.every:
-            fields[UPDATES] = self._updates.take()
         layout = plan.audit_layout if audit else plan.layout
+        fields = step_fields(table, cells, bad, epoch=epoch, scaled=scaled)
+        if plan.tensors:
+            fields[LINEAR] = linear.cells(plan.tensors, self._parameters, self._copies, inverse, self.device)
+        updates = plan.of_step and self._updates.pending
+        if plan.of_step:
+            fields |= self._beside_gradients(samples, _inverse(scaler) if scaler is not None and scaled else 1.0)
+            fields |= self._since_last_turn(fields, in_turn=self._rank in layout.heard(turn))
         if audit:
             fields[CHECKSUMS] = self._checksums()
-        if self._rank in layout.heard(turn):
-            self._maxima = self._bad = None
         packet = layout.pack(fields, self._rank, self.device, turn)
         return self._sent(plan, call, packet, turn=turn, audit=audit, shadow=False, updates=updates)
 
@@ -287,6 +201,15 @@ class GradientMeter:
         """Whether the gradients still carry the loss scale."""
         return scaler is not None and scaler.is_enabled() and isinstance(self._inverse_scale(scaler), Tensor)
 
+    def look_at_next(self, wanted: bool) -> None:
+        """Whether the next backward pass is measured: local gradients are read in it, or it costs nothing."""
+        if self._local is not None:
+            self._local.armed = wanted
+
+    def lap(self) -> None:
+        """Another call of `step`, measured or not."""
+        self._clock.lap()
+
     def look_at_update(self, call: int) -> None:
         """Before the optimizer's step number `call`: see what it did last, remember what it starts from."""
         self._updates.look(call)
@@ -294,15 +217,28 @@ class GradientMeter:
     def stop(self) -> None:
         """Take the hooks off the model."""
         self._clock.stop()
+        if self._local is not None:
+            self._local.stop()
 
-    def _since_last_turn(self, maxima: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest abs-max and the non-finite numbers since this rank last filled its slots."""
-        self._maxima = maxima if self._maxima is None else torch.maximum(self._maxima, maxima)
-        self._bad = bad if self._bad is None else self._bad + bad
-        return self._maxima, self._bad
+    def _beside_gradients(self, samples: float | Tensor | None, inverse_scale: float | Tensor) -> dict[str, Tensor]:
+        """What else a step's packet holds: facts of this rank, the last update, its own gradient."""
+        fields = {FACTS: torch.tensor(self._facts(samples).cells(), dtype=torch.float64)}
+        if self._updates.every:
+            fields[UPDATES] = self._updates.take()
+        if self._local is not None:
+            fields[LOCAL] = self._local.take(inverse_scale)
+        return fields
+
+    def _since_last_turn(self, fields: Mapping[str, Tensor], *, in_turn: bool) -> dict[str, Tensor]:
+        """The largest abs-max and the count of non-finite numbers since this rank last filled its slots."""
+        maxima, bad = fields[MAXIMA], fields[BAD]
+        if self._kept is not None:
+            maxima, bad = torch.maximum(self._kept[0], maxima), self._kept[1] + bad
+        self._kept = None if in_turn else (maxima, bad)
+        return {MAXIMA: maxima, BAD: bad}
 
     def _facts(self, samples: float | Tensor | None) -> RankFacts:
-        step, busy = self._clock.lap()
+        step, busy = self._clock.take()
         settings = [self._optimizers[place[0]].param_groups[place[1]] if place else {} for place in self._groups]
         return RankFacts(
             rank=self._rank,
@@ -331,10 +267,12 @@ class GradientMeter:
         known = {id(optimizer) for optimizer in self._optimizers}
         states = scaler._per_optimizer_states.items()
         stages = [state["stage"].name for optimizer, state in states if optimizer in known or not known]
-        scale = scaler._scale
-        if scale is None or any(stage != "READY" for stage in stages):
-            return 1.0
-        return scale.double().reciprocal()
+        return 1.0 if any(stage != "READY" for stage in stages) else _inverse(scaler)
+
+
+def _inverse(scaler: torch.amp.GradScaler) -> float | Tensor:
+    """1 / the loss scale of this step's backward, on its device."""
+    return 1.0 if scaler._scale is None else scaler._scale.double().reciprocal()
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor | None:
@@ -368,13 +306,6 @@ def _on_host(value: float | Tensor | None) -> float:
     return float(value)
 
 
-def _add_linear(sums: dict[str, Any], table: Tensor) -> None:
-    """Add the figures of tensors that were squared after the sum to the fields of a packet."""
-    sums[MOMENTS] = (torch.tensor(sums[MOMENTS], dtype=torch.float64) + table[:, :ABS_MAX]).tolist()
-    largest = table[:, ABS_MAX].tolist()
-    sums[MAXIMA] = [[max(*ranks, own)] for ranks, own in zip(sums[MAXIMA], largest, strict=True)]
-
-
 def step_fields(table: Tensor, cells: Tensor, bad: Tensor, *, epoch: float | None, scaled: bool) -> dict[str, Tensor]:
     """A rank's moments [S, M], user cells [U, 4], count of non-finite numbers [] and state as fields of its packet.
 
@@ -382,7 +313,7 @@ def step_fields(table: Tensor, cells: Tensor, bad: Tensor, *, epoch: float | Non
     the others under `Join` knows neither, and is to file the same.
     """
     state = torch.tensor([1.0, float(scaled), math.nan if epoch is None else epoch], dtype=torch.float64)
-    return {STATE: state, MOMENTS: table[:, :ABS_MAX], BAD: bad, SCALARS: cells}
+    return {STATE: state, MOMENTS: table[:, :ABS_MAX], MAXIMA: table[:, ABS_MAX], BAD: bad, SCALARS: cells}
 
 
 def unscale(table: Tensor, inverse_scale: float | Tensor) -> Tensor:
@@ -391,64 +322,3 @@ def unscale(table: Tensor, inverse_scale: float | Tensor) -> Tensor:
     factors[SUM] = factors[ABS_MAX] = inverse_scale
     factors[SQ_SUM] = inverse_scale * inverse_scale
     return table * factors
-
-
-def scalar_cells(
-    names: Sequence[str], values: Mapping[str, ScalarLike | None], samples: float | Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """A rank's numbers as cells (sum, weighted sum, weight, present) and how many of them are not finite.
-
-    Shape: [U, 4] and [] float64. Comm: none. Sync: none for numbers on `device` (those elsewhere are copied).
-    """
-    weight: float | Tensor = 1.0 if samples is None else samples
-    if device.type == "cpu":
-        rows = [_row(_floats(values.get(name)), _float(weight)) for name in names]
-        finite = [all(math.isfinite(cell) for cell in row) for row in rows]
-        cells = [row if good else _NOTHING for row, good in zip(rows, finite, strict=True)]
-        bad = float(len(finite) - sum(finite))
-        return torch.tensor(cells, dtype=torch.float64).view(-1, 4), torch.tensor(bad, dtype=torch.float64)
-    matrix = _on_device([_row(values.get(name), weight) for name in names], device)
-    good = torch.isfinite(matrix).all(dim=1, keepdim=True)
-    return torch.where(good, matrix, 0.0), (~good).sum().double()
-
-
-_Row: TypeAlias = "tuple[float | Tensor, float | Tensor, float | Tensor, float]"
-_NOTHING = (0.0, 0.0, 0.0, 0.0)
-
-
-def _row(value: ScalarLike | None, weight: float | Tensor) -> _Row:
-    if value is None:
-        return _NOTHING
-    if isinstance(value, Total):
-        return value.value, value.value, 1.0, 1.0
-    if isinstance(value, tuple):
-        return value[0], value[0], value[1], 1.0
-    return value, value * weight, weight, 1.0
-
-
-def _floats(value: ScalarLike | None) -> ScalarLike | None:
-    """The same number with Python floats in place of tensors."""
-    if value is None:
-        return None
-    if isinstance(value, Total):
-        return Total(_float(value.value))
-    return (_float(value[0]), _float(value[1])) if isinstance(value, tuple) else _float(value)
-
-
-def _float(value: float | Tensor) -> float:
-    return float(value.detach()) if isinstance(value, Tensor) else float(value)
-
-
-def _on_device(rows: Sequence[_Row], device: torch.device) -> Tensor:
-    """Numbers and one-element tensors -> [U, 4] float64 on `device`, without waiting for it."""
-    flat = [cell for row in rows for cell in row]
-    if not any(isinstance(cell, Tensor) and cell.device != torch.device("cpu") for cell in flat):
-        host = torch.tensor([_float(cell) for cell in flat], dtype=torch.float64)
-        return host.to(device, non_blocking=True).view(-1, 4)
-    cells = [
-        cell.detach().double().reshape(()).to(device, non_blocking=True)
-        if isinstance(cell, Tensor)
-        else torch.full((), float(cell), dtype=torch.float64, device=device)
-        for cell in flat
-    ]
-    return torch.stack(cells).view(-1, 4)

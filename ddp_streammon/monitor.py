@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
-from ddp_streammon import keys, stats
+from ddp_streammon import keys, noise
 from ddp_streammon.collective import Collective
 from ddp_streammon.config import MonitorConfig, RuleSet
 from ddp_streammon.evaluation import (
@@ -29,13 +29,14 @@ from ddp_streammon.evaluation import (
     split_values,
 )
 from ddp_streammon.history import History
-from ddp_streammon.linear import Linear
-from ddp_streammon.measurement import GradientMeter, Measurement, Plan
+from ddp_streammon.measurement import GradientMeter
+from ddp_streammon.plan import Measurement
 from ddp_streammon.report import Outcome, Report, RunInfo, Sink, summary_text
-from ddp_streammon.rules import exact, guide, ranks
+from ddp_streammon.rules import exact, guide, own_gradients, ranks
 from ddp_streammon.rules.finding import Finding, StreamSettings
 from ddp_streammon.sinks import FanOut, WandbSink, active_wandb_run
 from ddp_streammon.stats import Figures, ScalarLike, Total
+from ddp_streammon.steps import Steps
 from ddp_streammon.streams import StreamLike, StreamSet, unwrap
 from ddp_streammon.weights import weight_figures
 
@@ -86,6 +87,7 @@ class StreamMonitor(Joinable):
         self.model = model
         self._optimizers = _optimizers(model, optimizer)
         self.streams = StreamSet.resolve(model, streams, self._optimizers)
+        self._parameter_names = tuple(item.name for stream in self.streams.streams for item in stream.parameters)
         self.history = History(self.config.history_limit)
         self.epoch: float | None = None
         self._collective = Collective(group)
@@ -95,17 +97,15 @@ class StreamMonitor(Joinable):
             self._collective,
             self._optimizers,
             update_every=self.config.update_every,
+            local_gradients=self.config.local_gradients,
             peers=model_peers,
         )
-        self._calls = 0
-        self._plan: Plan | None = None
-        self._audited = False
         self._pace = ranks.Pace()
+        self._noise: deque[dict[str, noise.NoiseStep]] = deque(maxlen=noise.WINDOW)
+        self._own_gradients = own_gradients.OwnGradients(shared_data=self._collective.topology.model_peers > 1)
         self._replicas: list[Finding] = []
-        self._measured: Measurement | None = None
-        self._hooks = [o.register_step_post_hook(self._gradients_are_used) for o in self._optimizers]
-        self._gradient_plan = self._meter.plan({})
-        self._pending: deque[Measurement] = deque()
+        self._hooks = [o.register_step_post_hook(lambda *_: self._steps.gradients_are_used()) for o in self._optimizers]
+        self._steps = Steps(self.streams, self._meter, self._collective, self.config)
         self._standing: list[Finding] = []
         self._findings: dict[str, Finding] = {}
         self._closed = False
@@ -133,7 +133,7 @@ class StreamMonitor(Joinable):
     @property
     def calls(self) -> int:
         """How often `step` was called: the step that figures are filed under."""
-        return self._calls
+        return self._steps.calls
 
     # The three-line face ---------------------------------------------------------------------------------------
 
@@ -176,37 +176,8 @@ class StreamMonitor(Joinable):
         samples: float | Tensor | None,
         scaler: torch.amp.GradScaler | None,
     ) -> Figures:
-        if self._plan is None or set(self._meter.summed_later()) - set(self._plan.tensors):
-            self._plan = self._agree(numbers)
-        self._calls += 1
-        figures = Figures((), dict)
-        self._measured = None
-        if not self._join_config.enable:
-            self._meter.look_at_update(self._calls)
-        if (self._calls - 1) % self.config.every == 0:
-            known = self._plan.scalars
-            unknown = [name for name, value in numbers.items() if value is not None and name not in known]
-            if unknown:
-                warnings.warn(
-                    f"not sent: {', '.join(unknown)}. The packet's names are fixed at the first step "
-                    f"({', '.join(known) or 'none'}); name it there too, with None if it has no value yet",
-                    stacklevel=3,
-                )
-            pending = self._meter.measure(
-                self._plan,
-                self._calls,
-                numbers,
-                samples,
-                scaler,
-                epoch=self.epoch,
-                in_full=self._join_config.enable,
-                turn=self._turn,
-                audit=self._is_audit(),
-            )
-            self._pending.append(pending)
-            self._measured = pending
-            figures = pending.figures()
-        self._bring_in()
+        figures = self._steps.take(numbers, samples, scaler, self.epoch, joined=self._join_config.enable)
+        self._bring_in(self._steps.due())
         return figures
 
     def clip_grad_norm_(
@@ -231,10 +202,7 @@ class StreamMonitor(Joinable):
             )
         if self._join_config.enable:
             return self._meter.clip_alone_(max_norm, per_stream=per_stream)
-        measured, self._measured = self._measured, None
-        if measured is None:
-            measured = self._meter.measure(self._gradients(), self._calls, {}, None, None, epoch=self.epoch)
-        return self._meter.clip_(measured, max_norm, per_stream=per_stream)
+        return self._meter.clip_(self._steps.fresh(), max_norm, per_stream=per_stream)
 
     def evaluate(
         self,
@@ -275,7 +243,7 @@ class StreamMonitor(Joinable):
                 "zero_grad()",
                 stacklevel=2,
             )
-        return self._meter.measure(self._gradients(), self._calls, {}, None, scaler, epoch=self.epoch).figures()
+        return self._steps.gradients(scaler).figures()
 
     def compute_stream_weights(self) -> Figures:
         """Each stream's weights now: `X_weight_norm`, `X_weight_mean`, `X_weight_element_mean`, and their ratio.
@@ -355,7 +323,7 @@ class StreamMonitor(Joinable):
             except (TypeError, ValueError):
                 raise ValueError(f"metric {key!r} must be a number, got {value!r}") from None
         self.epoch = epoch
-        self.history.append(self._calls, epoch, {keys.EPOCH: float(epoch)})
+        self.history.append(self.calls, epoch, {keys.EPOCH: float(epoch)})
         self._record_epoch(values)
 
     def get_recommendations(self) -> list[Finding]:
@@ -368,6 +336,12 @@ class StreamMonitor(Joinable):
             )
         return [*self._standing, *advice]
 
+    def noise_scale(self) -> dict[str, noise.NoiseScale]:
+        """Each stream's gradient noise scale in samples, over the last `noise.WINDOW` measured steps that arrived: from
+        `local_gradients` and the `samples` given to `step`. Opt-in; no rule reads it. Comm: none."""
+        steps = self._noise
+        return {name: noise.noise_scale([of[name] for of in steps if name in of]) for name in self.streams.names}
+
     def get_summary(self) -> str:
         """A text table of the gradient norms, weight norms and overfitting scores logged so far. Comm: none."""
         return summary_text(self.history, self.streams.user_names)
@@ -376,15 +350,14 @@ class StreamMonitor(Joinable):
 
     def flush(self) -> None:
         """Bring every measured step into `history`. Comm: none. Sync: waits for what is under way."""
-        while self._pending:
-            self._arrive(self._pending.popleft())
+        self._bring_in(self._steps.rest())
 
     def state_dict(self) -> dict[str, Any]:
         """History, counters and standing findings as plain values (torch.load reads them with `weights_only`);
         equal on every rank. Waits for what is under way."""
         self.flush()
         return {
-            "calls": self._calls,
+            "calls": self.calls,
             "epoch": self.epoch,
             "history": self.history.state_dict(),
             "standing": [finding.to_dict() for finding in self._standing],
@@ -394,7 +367,7 @@ class StreamMonitor(Joinable):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`, with any number of ranks."""
         self.flush()
-        self._calls, self.epoch = state["calls"], state["epoch"]
+        self._steps.calls, self.epoch = state["calls"], state["epoch"]
         self.history.load_state_dict(state["history"])
         self._standing = [Finding.from_dict(finding) for finding in state["standing"]]
         self._findings = {key: Finding.from_dict(finding) for key, finding in state["findings"].items()}
@@ -405,7 +378,7 @@ class StreamMonitor(Joinable):
             return
         self._closed = True
         try:
-            self.flush()
+            self._bring_in(self._steps.rest_that_arrives() if exit_code else self._steps.rest())
         except Exception as error:  # another rank is gone: what arrived is still reported
             _log.warning("the last steps could not be collected (%s: %s)", type(error).__name__, error)
         self._meter.stop()
@@ -440,53 +413,9 @@ class StreamMonitor(Joinable):
 
     # Wiring ----------------------------------------------------------------------------------------------------
 
-    def _agree(self, numbers: Mapping[str, ScalarLike | None]) -> Plan:
-        """The plan of every step: the user's numbers that any rank names. Comm: one all_gather_object."""
-        own = {name: value is not None and stats.is_total(value) for name, value in numbers.items()}
-        sent = {name for name, value in numbers.items() if value is not None}
-        declared = {name for name in numbers if name not in ("loss", "samples")} | sent
-        identity = (self.streams.names, self.config.every, self.config.delay, self._calls)
-        tensors = self._meter.summed_later()
-        everyone = self._collective.gather((identity, {name: own[name] for name in sorted(declared)}, tensors))
-        for rank, (other, _, _) in enumerate(everyone):
-            if other != everyone[0][0]:
-                raise ValueError(
-                    f"ranks 0 and {rank} disagree about (streams, every, delay, calls so far): {everyone[0][0]} and "
-                    f"{other}; build the monitor alike, and load the same state, on every rank"
-                )
-        names = sorted({name for _, mine, _ in everyone for name in mine})
-        taken = [name for name in names if name in self._gradient_plan.names]
-        if taken:
-            raise ValueError(f"{taken[0]!r} is the key of a figure of the monitor's own; give your number another name")
-        scalars = {name: any(mine.get(name, False) for _, mine, _ in everyone) for name in names}
-        return self._meter.plan(scalars, _union(tensors for _, _, tensors in everyone))
-
-    def _gradients(self) -> Plan:
-        """The plan of the gradients alone. Comm: one all_gather_object where one of them is `Partial` unexpectedly."""
-        tensors = self._meter.summed_later()
-        if set(tensors) - set(self._gradient_plan.tensors):
-            self._gradient_plan = self._meter.plan({}, _union(self._collective.gather(tensors)))
-        return self._gradient_plan
-
-    @property
-    def _turn(self) -> int:
-        """Which ranks fill their slots in this call's packet, where not all do."""
-        return (self._calls - 1) // self.config.every
-
-    def _is_audit(self) -> bool:
-        """Whether this call compares replicas: the first of this process, and every so many."""
-        due = not self._audited or self._turn % self.config.audit_every == 0
-        self._audited = True
-        return due
-
-    def _gradients_are_used(self, *_: Any) -> None:
-        """After the optimizer's step: what was measured does not belong to the next gradients."""
-        self._measured = None
-
-    def _bring_in(self) -> None:
-        """What was measured `delay` calls ago, or earlier, arrives now: at the same call on every rank."""
-        while self._pending and self._pending[0].call + self.config.delay <= self._calls:
-            self._arrive(self._pending.popleft())
+    def _bring_in(self, measurements: Iterable[Measurement]) -> None:
+        for measured in measurements:
+            self._arrive(measured)
 
     def _arrive(self, pending: Measurement) -> None:
         """A measured step enters History and the sinks."""
@@ -494,22 +423,28 @@ class StreamMonitor(Joinable):
         if pending.shadow:
             self.epoch = step.epoch
         if pending.audit:
-            self._meter.prove(step)
             self._replicas = ranks.replicas(step)
+        self._noise.append(noise.steps_of(step))
         values = step.values()
         self.history.append(step.step, step.epoch, values)
         without = [name for name, stream in step.streams.items() if not stream.elements]
         frozen = [n for n in without if not any(p.parameter.requires_grad for p in self.streams[n].parameters)]
-        self._standing = [*exact.check(step, frozen), *ranks.settings(step), *self._pace.check(step), *self._replicas]
+        self._standing = [
+            *exact.check(step, frozen, self._parameter_names),
+            *ranks.settings(step),
+            *self._pace.check(step),
+            *self._own_gradients.check(step),
+            *self._replicas,
+        ]
         self._remember(self._standing)
         self._sink.write(Report("step", step.step, step.epoch, values, tuple(self._standing)))
 
     def _record_epoch(self, values: Mapping[str, float]) -> None:
         self.flush()
-        self.history.append(self._calls, self.epoch, values)
+        self.history.append(self.calls, self.epoch, values)
         findings = self.get_recommendations()
         self._remember(findings)
-        self._sink.write(Report("epoch", self._calls, self.epoch, values, tuple(findings)))
+        self._sink.write(Report("epoch", self.calls, self.epoch, values, tuple(findings)))
 
     def _remember(self, findings: Iterable[Finding]) -> None:
         """Keep the latest finding of each rule, stream and rank for the outcome."""
@@ -533,18 +468,9 @@ class StreamMonitor(Joinable):
         return settings
 
     def _shadow_step(self) -> None:
-        """What a step of a rank without data looks like to the others: the same collectives, nothing in them."""
-        if self._plan is None:
-            self._plan = self._agree({})
-        self._calls += 1
-        if (self._calls - 1) % self.config.every == 0:
-            shadow = self._meter.shadow(self._plan, self._calls, turn=self._turn, audit=self._is_audit())
-            self._pending.append(shadow)
-        self._bring_in()
-
-
-def _union(tensors: Iterable[tuple[Linear, ...]]) -> tuple[Linear, ...]:
-    return tuple(sorted({tensor for of_rank in tensors for tensor in of_rank}))
+        """What a step of a rank without data looks like to the others."""
+        self._steps.shadow()
+        self._bring_in(self._steps.due())
 
 
 def _optimizers(model: nn.Module, given: Optimizers) -> tuple[torch.optim.Optimizer, ...]:

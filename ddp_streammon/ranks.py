@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 import weakref
 from collections import Counter
@@ -16,7 +18,7 @@ from ddp_streammon.shards import Family
 
 _OTHERS = 5
 """Cells of `RankFacts` beside the streams' learning rates and weight decays."""
-_MODULUS = 2**32
+_MODULUS, _FACTOR = 2**32, 1_000_003
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class RankFacts:
     """What a rank says of itself. nan: it did not say.
 
     `lr` and `weight_decay` of each stream; `training`: 1 in training mode, 0 in eval mode; `samples` of this step;
-    `step_seconds` since its last call of `step`, of which `busy_seconds` until its last forward had ended: data,
-    forward and the optimizer, before it could wait for others.
+    `step_seconds` since its last measured call of `step` (nan at the first), of which `busy_seconds` until the last
+    forward of each call had ended: data, forward and the optimizer, before it could wait for others.
     """
 
     rank: int
@@ -53,6 +55,25 @@ class RankFacts:
     def cell_count(streams: int) -> int:
         """How many cells the facts of a rank take."""
         return 2 * streams + _OTHERS
+
+
+@dataclass(frozen=True)
+class LocalNorms:
+    """A rank's own gradients, before the average: each stream's L2 norm over finite elements (nan: not read), and count
+    of non-finite elements; `parameter`: the number of the first of the backward pass that has some."""
+
+    rank: int
+    norms: tuple[float, ...]
+    nonfinite: tuple[int, ...]
+    parameter: int | None
+
+    @classmethod
+    def of_cells(cls, rank: int, cells: Sequence[float]) -> LocalNorms:
+        """From the cells that `LocalGradients.take` gives."""
+        streams = (len(cells) - 1) // 2
+        norms = tuple(math.sqrt(square) for square in cells[:streams])
+        bad = tuple(round(count) for count in cells[streams : 2 * streams])
+        return cls(rank, norms, bad, round(cells[-1]) - 1 if cells[-1] else None)
 
 
 @dataclass(frozen=True)
@@ -88,7 +109,10 @@ def compared(
 
 
 def outvoted(ranks: Sequence[int], values: Sequence[float]) -> list[int]:
-    """The ranks whose value is not that of more than half; all of them where values differ and no half agrees."""
+    """The ranks whose value is not that of more than half; all of them where values differ and none has more than half.
+
+    An empty list where all values are equal.
+    """
     counts = Counter(values)
     if len(counts) < 2:
         return []
@@ -98,14 +122,18 @@ def outvoted(ranks: Sequence[int], values: Sequence[float]) -> list[int]:
 
 
 def bit_sum(tensors: Iterable[Tensor | None], device: torch.device) -> Tensor:
-    """A checksum of the bits of `tensors` in their order; equal for equal numbers, in whatever order they are read.
+    """A checksum of the bits of `tensors` in their order.
+
+    A changed bit changes it, and so does 0.0 for -0.0. The elements of one tensor are added up, so its strides do not
+    matter, and changes that cancel in the sum (elements that changed places, or signs) are not seen.
 
     Shape: [] float64, an integer below 2^32. Comm: none. Sync: none. Every element is read once.
     """
     total = torch.zeros((), dtype=torch.int64, device=device)
     for tensor in tensors:
-        bits = 1 if tensor is None else _bits(tensor.detach()).sum(dtype=torch.int64).to(device)
-        total = (total * 1_000_003 + bits).remainder(_MODULUS)
+        bits = total.new_ones(()) if tensor is None else _bits(tensor.detach()).sum(dtype=torch.int64).to(device)
+        for word in (bits, bits >> 32):  # both halves: the upper one holds the exponents of float64
+            total = (total * _FACTOR + word).remainder(_MODULUS)
     return total.double()
 
 
@@ -117,8 +145,8 @@ def _bits(tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    return tensor.view(_INTEGERS[tensor.element_size()])
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.resolve_neg().view(_INTEGERS[tensor.element_size()])
 
 
 class Clock:
@@ -128,22 +156,41 @@ class Clock:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._last = self._forward_ended = time.perf_counter()
-        clock = weakref.ref(self)
+        self._last: float | None = None
+        self._step = self._busy = 0.0
+        self._forward_ended = time.perf_counter()
+        self._hook = model.register_forward_hook(_ForwardEnded(self))
 
-        def forward_ended(*_: Any) -> None:
-            if (alive := clock()) is not None:
-                alive._forward_ended = time.perf_counter()
-
-        self._hook = model.register_forward_hook(forward_ended)
-
-    def lap(self) -> tuple[float, float]:
-        """(seconds since the last lap, of them until the last forward ended)."""
+    def lap(self) -> None:
+        """Another call of `step`; the first one starts the clock."""
         now = time.perf_counter()
-        lap = now - self._last, max(self._forward_ended - self._last, 0.0)
-        self._last = now
-        return lap
+        last, self._last = self._last, now
+        if last is not None:
+            self._step += now - last
+            self._busy += max(self._forward_ended - last, 0.0)
+
+    def take(self) -> tuple[float, float]:
+        """(seconds of the laps since it was last taken, of each of them until its last forward ended); nan for none."""
+        step, busy = self._step, self._busy
+        self._step = self._busy = 0.0
+        return (step, busy) if step else (math.nan, math.nan)
 
     def stop(self) -> None:
         """Take the hook off the model."""
         self._hook.remove()
+
+
+class _ForwardEnded:
+    """The forward hook of a clock, which it does not keep alive."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = weakref.ref(clock)
+
+    def __call__(self, *_: Any) -> None:
+        if (clock := self._clock()) is not None:
+            clock._forward_ended = time.perf_counter()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model, or one read from a file, has a callable without effect that needs no clock and no
+        ddp_streammon."""
+        return getattr, (contextlib.nullcontext(), "__exit__")

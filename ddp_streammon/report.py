@@ -65,7 +65,8 @@ class Sink(Protocol):
     """Where reports go. Sinks exist on rank 0 only (whoever builds them sees to that): none asks for a rank.
 
     A constructor raises where the sink is misconfigured; `write` and `close` are kept from stopping the job
-    by `sinks.Guarded`.
+    by `sinks.Guarded`, which calls them in a thread of the sink's own, unless it has a true attribute
+    `in_callers_thread`.
     """
 
     def open(self, run: RunInfo) -> None:

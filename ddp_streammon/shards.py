@@ -230,7 +230,17 @@ def _along_model(mesh: DeviceMesh, sharded: bool) -> tuple[int, ...]:
 
 
 def refuse_unsupported(model: nn.Module) -> None:
-    """ValueError for layouts whose gradients cannot be read by parameter: FSDP1. Comm: none."""
+    """ValueError where gradients cannot be read by parameter after the backward pass. Comm: none.
+
+    That is under FSDP1, and where an optimizer steps, and clears gradients, within the backward pass.
+    """
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "_in_backward_optimizers"):  # torch/distributed/optim/apply_optimizer_in_backward.py
+            raise ValueError(
+                f"parameter {name} has an optimizer that steps in the backward pass, which leaves no gradient to "
+                "measure or to clip; build the optimizer without _apply_optimizer_in_backward, and call its step after "
+                "monitor.step"
+            )
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel):
             raise ValueError(

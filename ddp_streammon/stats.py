@@ -14,7 +14,7 @@ from torch import Tensor
 from ddp_streammon import keys
 from ddp_streammon.moments import ABS_MAX, ELEMENTS, NONFINITE, SQ_SUM, SUM, TENSORS
 from ddp_streammon.packet import Field, Layout
-from ddp_streammon.ranks import RankFacts, Replicas, compared
+from ddp_streammon.ranks import LocalNorms, RankFacts, Replicas, compared
 from ddp_streammon.shards import Family
 
 
@@ -83,6 +83,8 @@ class StepStats:
     """Whether a GradScaler was in charge: a non-finite gradient then means a skipped step, not a fault."""
     rank_facts: tuple[RankFacts, ...] = ()
     """What the ranks that were heard say of themselves."""
+    local: tuple[LocalNorms, ...] = ()
+    """The ranks' own gradients, of those that were heard, where they are measured."""
     replicas: tuple[Replicas, ...] = ()
     """Of the steps that compare replicas: the families that several ranks hold."""
 
@@ -104,6 +106,9 @@ class StepStats:
             if not math.isnan(stream.update_norm):
                 values[keys.of_stream(name, keys.UPDATE_NORM)] = stream.update_norm
                 values[keys.of_stream(name, keys.UPDATE_RATIO)] = stream.update_ratio
+        for rank in (rank for rank in self.local if rank.rank < keys.MAX_RANKS):
+            for name, norm in zip(self.streams, rank.norms, strict=True):
+                values[keys.of_rank(name, keys.LOCAL_NORM, rank.rank)] = norm
         for a, b in keys.pairs(self.streams):
             values[keys.grad_ratio(a, b)] = ratio(self.streams[a].grad_norm, self.streams[b].grad_norm)
         if self.scaled:
@@ -130,9 +135,9 @@ def ratio(a: float, b: float) -> float:
 STATE, MOMENTS, SCALARS, LINEAR, UPDATES = "state", "moments", "scalars", "linear", "updates"
 """Plain fields: ranks that take part, those with a GradScaler in charge, and the sum of their epochs; the streams'
 additive figures; the user's numbers; gradients to be squared after the sum; squares of updates and of weights."""
-MAXIMA, BAD, FACTS, CHECKSUMS = "abs_max", "nonfinite_scalars", "facts", "checksums"
-"""Slots of each rank: the streams' abs-max; how many of its numbers are not finite; its `RankFacts`; bit-sums of the
-gradients and of the weights of each family."""
+MAXIMA, BAD, FACTS, LOCAL, CHECKSUMS = "abs_max", "nonfinite_scalars", "facts", "local", "checksums"
+"""Slots of each rank: the streams' abs-max; how many of its numbers are not finite; its `RankFacts`; its `LocalNorms`;
+bit-sums of the gradients and of the weights of each family."""
 
 
 def step_layout(
@@ -142,12 +147,14 @@ def step_layout(
     *,
     linear: int = 0,
     updates: bool = False,
+    local: bool = False,
     families: int = 0,
+    of_step: bool = True,
 ) -> Layout:
     """The packet of a monitored step: 6 S + 4 U + 3 plain cells and 3 S + 6 slots a rank.
 
-    `linear` cells and those of the `updates` where there are any; a packet with checksums of `families` has the slots
-    of all ranks at once.
+    `linear` cells, and those of the `updates` and of `local` gradients, where there are any; a packet with checksums of
+    `families` has the slots of all ranks at once, and so has one that is not `of_step`, which holds no facts.
     """
     fields = [
         Field(STATE, (3,)),
@@ -155,15 +162,19 @@ def step_layout(
         Field(SCALARS, (len(scalars), 4)),
         Field(MAXIMA, (len(streams),), per_rank=True),
         Field(BAD, per_rank=True),
-        Field(FACTS, (RankFacts.cell_count(len(streams)),), per_rank=True),
     ]
+    if of_step:
+        fields.append(Field(FACTS, (RankFacts.cell_count(len(streams)),), per_rank=True))
     if updates:
         fields.append(Field(UPDATES, (len(streams), 2)))
+    if local:
+        fields.append(Field(LOCAL, (2 * len(streams) + 1,), per_rank=True))
     if linear:
         fields.append(Field(LINEAR, (linear,), raw=True))
-    if not families:
+    if of_step and not families:
         return Layout(tuple(fields), world_size)
-    fields.append(Field(CHECKSUMS, (families, 2), per_rank=True))
+    if families:
+        fields.append(Field(CHECKSUMS, (families, 2), per_rank=True))
     return Layout(tuple(fields), world_size, limit_bytes=sys.maxsize)
 
 
@@ -209,7 +220,8 @@ def step_stats(
             update_norm=math.sqrt(update[0]) if update[1] else math.nan,
             update_ratio=math.sqrt(ratio(*update)) if update[1] else math.nan,
         )
-    said = [RankFacts.of_cells(rank, cells) for rank, cells in zip(heard, zip(*sums[FACTS], strict=True), strict=True)]
+    facts_of = zip(heard, zip(*sums.get(FACTS, ()), strict=True), strict=False)
+    said = [RankFacts.of_cells(rank, cells) for rank, cells in facts_of]
     epoch = float(f"{epochs / max(alive, 1.0):.12g}")  # the mean of equal numbers, without what adding them rounds
     return StepStats(
         step=step,
@@ -223,6 +235,11 @@ def step_stats(
         nonfinite_ranks=tuple(rank for rank, bad in zip(heard, sums[BAD], strict=True) if bad),
         scaled=scaled > 0,
         rank_facts=tuple(facts for facts in said if facts is not None),
+        local=tuple(
+            LocalNorms.of_cells(facts.rank, cells)
+            for facts, cells in zip(said, zip(*sums.get(LOCAL, ()), strict=True), strict=False)
+            if facts is not None
+        ),
         replicas=compared(
             families, sums.get(CHECKSUMS, ()), streams, {facts.rank for facts in said if facts is not None}
         ),

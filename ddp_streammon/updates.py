@@ -27,7 +27,9 @@ class Updates:
         self._num_streams = num_streams
         self._device = device
         self._table: Tensor | None = None
-        self.share(shares)
+        self._shares = self._next_shares = shares
+        self._copies: list[Tensor] = []
+        self._armed = False
 
     @property
     def pending(self) -> bool:
@@ -35,10 +37,8 @@ class Updates:
         return self._table is not None
 
     def share(self, shares: Sequence[Share]) -> None:
-        """Look at another share of the weights from now on."""
-        self._shares = shares
-        self._copies: list[Tensor] = []
-        self._armed = False
+        """Copy another share of the weights from the next time on; what is copied is still compared."""
+        self._next_shares = shares
 
     @torch.no_grad()
     def look(self, call: int) -> None:
@@ -64,6 +64,9 @@ class Updates:
         return [flat(local(piece.parameter.detach()))[piece.start : piece.stop] for piece in pieces]
 
     def _copy(self) -> None:
+        if self._shares is not self._next_shares:
+            self._shares = self._next_shares
+            self._copies = []
         weights = self._weights()
         if self._copies:
             torch._foreach_copy_(self._copies, weights)

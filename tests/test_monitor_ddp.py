@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
+import time
 import warnings
 from typing import Any
 
@@ -566,7 +568,7 @@ def _disagree(what: str) -> str:
     monitor = StreamMonitor(network(), None, streams, config=MonitorConfig(**config))
     if what == "calls" and rank == 0:
         monitor.load_state_dict(monitor.state_dict() | {"calls": 3})
-    with pytest.raises(ValueError, match=r"ranks 0 and 1 disagree about \(streams, every, delay, calls") as error:
+    with pytest.raises(ValueError, match=r"ranks 0 and 1 disagree about \(streams, configuration, calls") as error:
         monitor.step(loss=1.0)
     return str(error.value)
 
@@ -640,3 +642,43 @@ def test_figures_are_mappings_that_merge_and_name_the_nearest() -> None:
 def test_cleared_gradients_warn() -> None:
     with pytest.warns(UserWarning, match="no gradients: no parameter has one, so norms are nan"):
         assert math.isnan(monitor_of(network()).compute_stream_gradients()["rgb_grad_norm"])
+
+
+def _alone_at_the_end() -> tuple[float, list[str]]:
+    """Rank 1 lags behind; rank 0 has failed and closes. Its seconds, and what it warned of."""
+    rank, _ = here()
+    model = network()
+    monitor = monitor_of(model)
+    for _ in range(2):
+        backward("plain", model)
+        monitor.step()
+    told: list[str] = []
+    logging.getLogger("ddp_streammon").addHandler(_Kept(told))
+    store = dist.distributed_c10d._get_default_store()
+    start = time.monotonic()
+    if rank == 0:
+        monitor.step()
+        monitor.close(exit_code=1)
+        store.set("closed", "")
+    seconds = time.monotonic() - start
+    if rank == 1:
+        store.wait(["closed"])
+        monitor.step()
+        monitor.close()
+    return seconds, [len(monitor.history["rgb_grad_norm"]), *told]
+
+
+class _Kept(logging.Handler):
+    def __init__(self, told: list[str]) -> None:
+        super().__init__()
+        self.told = told
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(record.getMessage())
+
+
+def test_a_rank_that_fails_waits_two_seconds_at_most_for_the_others() -> None:
+    (seconds, (steps, *told)), (_, (all_steps, *none)) = run_ranks(2, _alone_at_the_end)
+    assert seconds < 10
+    assert (steps, told) == (2, ["the last 1 measured steps did not arrive from the other ranks"])
+    assert (all_steps, none) == (3, [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import Any
 
 import pytest
@@ -175,3 +176,16 @@ def test_data_ranks_are_numbered_by_who_sees_the_same_data() -> None:
     ]
     with pytest.raises(ValueError, match=r"do not share out the 3 ranks: \[\(0, 1\), \(1, 2\)\]; pass model_peers="):
         Topology.of(0, 3, [(0, 1), (0, 1), (1, 2)])
+
+
+def test_an_optimizer_in_the_backward_pass_is_refused_by_parameter() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, which this module still uses
+        from torch.distributed.optim import _apply_optimizer_in_backward
+
+    model = Parts()
+    _apply_optimizer_in_backward(torch.optim.SGD, model.b.parameters(), {"lr": 0.1})
+    with pytest.raises(
+        ValueError, match=r"parameter b\.weight has an optimizer that steps in the backward pass.*build"
+    ):
+        refuse_unsupported(model)

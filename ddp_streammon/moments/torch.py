@@ -166,7 +166,7 @@ def _stored(tensor: Tensor) -> Tensor:
 
 def _real(values: Tensor) -> Tensor:
     """Complex values as their real and imaginary parts, which count as two elements."""
-    return torch.view_as_real(values).reshape(-1) if values.is_complex() else values
+    return torch.view_as_real(values.resolve_conj()).reshape(-1) if values.is_complex() else values
 
 
 def flat(tensor: Tensor) -> Tensor:

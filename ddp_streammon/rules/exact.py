@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from ddp_streammon.config import Severity
+from ddp_streammon.ranks import LocalNorms
 from ddp_streammon.rules.finding import Finding
 from ddp_streammon.stats import StepStats
 
 NONFINITE, NO_GRADIENT, ZERO_GRADIENT = "NF", "DET", "DEAD"
 
 
-def check(stats: StepStats, frozen: Collection[str] = ()) -> list[Finding]:
+def check(stats: StepStats, frozen: Collection[str] = (), parameters: Sequence[str] = ()) -> list[Finding]:
     """What is wrong with one monitored step, by stream.
 
-    NF (error): a gradient, or a number that a rank sent, is not finite; under a GradScaler that step is skipped,
-    which is its business. DET (warning): no parameter of a stream has a gradient. DEAD (warning): all of its
-    gradients are exactly zero. Streams in `frozen` have no trainable parameter and are left out.
+    `parameters`: the names of all, in the order of their numbers. NF (error): a gradient, or a number that a rank sent,
+    is not finite, with the rank and the parameter where local gradients were measured; under a GradScaler that step
+    is skipped, which is its business. DET (warning): no parameter of a stream has a gradient. DEAD (warning): all of
+    its gradients are exactly zero. Streams in `frozen` have no trainable parameter and are left out.
     """
     findings = []
-    for name, stream in stats.streams.items():
+    for number, (name, stream) in enumerate(stats.streams.items()):
         if name in frozen:
             continue
+        origins = [rank for rank in stats.local if rank.nonfinite[number]]
+        ranks = [rank.rank for rank in origins] or stats.nonfinite_ranks
         evidence = {"elements": float(stream.elements), "nonfinite": float(stream.nonfinite)}
         common = {"stream": name, "step": stats.step, "evidence": evidence}
         if stream.nonfinite and not stats.scaled:
             findings.append(
                 Finding(
                     f"⚠️  {name}: {stream.nonfinite:,} of {stream.elements:,} gradient elements are not finite "
-                    f"at step {stats.step}{_culprits(stats)}",
+                    f"at step {stats.step}{_origin(origins, parameters)}{_culprits(stats)}",
                     rule=NONFINITE,
                     severity=Severity.error,
-                    rank=stats.nonfinite_ranks[0] if len(stats.nonfinite_ranks) == 1 else None,
+                    rank=ranks[0] if len(ranks) == 1 else None,
                     **common,
                 )
             )
@@ -45,7 +49,7 @@ def check(stats: StepStats, frozen: Collection[str] = ()) -> list[Finding]:
                     **common,
                 )
             )
-        elif stream.grad_max == 0 and not stream.nonfinite:
+        elif stream.grad_norm == 0 and stream.grad_max == 0 and not stream.nonfinite:
             findings.append(
                 Finding(
                     f"⚠️  {name}: every gradient is exactly zero at step {stats.step}: dead activations, "
@@ -66,6 +70,16 @@ def check(stats: StepStats, frozen: Collection[str] = ()) -> list[Finding]:
             )
         )
     return findings
+
+
+def _origin(ranks: Sequence[LocalNorms], parameters: Sequence[str]) -> str:
+    """Whose own gradient is not finite, and in which parameter that is seen first in the backward pass."""
+    if not ranks:
+        return ""
+    whose = ", ".join(str(rank.rank) for rank in ranks)
+    first = ranks[0].parameter
+    where = f", first in {parameters[first]}" if first is not None and first < len(parameters) else ""
+    return f" (in the own gradient of rank {whose}{where})"
 
 
 def _culprits(stats: StepStats) -> str:

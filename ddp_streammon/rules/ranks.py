@@ -91,34 +91,41 @@ def settings(stats: StepStats) -> list[Finding]:
 class Pace:
     """SLOW (warning): a rank that is busy for longer than the others, so that they wait for it, over a window of steps.
 
-    State is a window's sums; it starts anew with every monitor.
+    State is what ranks said in a window (not all say the same number of times where they are heard in turn); it starts
+    anew with every monitor.
     """
 
     def __init__(self) -> None:
-        self._busy: dict[int, float] = defaultdict(float)
-        self._step: dict[int, float] = defaultdict(float)
+        self._busy: dict[int, list[float]] = defaultdict(list)
+        self._step: dict[int, list[float]] = defaultdict(list)
         self._steps = 0
         self._standing: list[Finding] = []
 
     def check(self, stats: StepStats) -> list[Finding]:
         """Take in a step; what stands since the last whole window."""
         for facts in stats.rank_facts:
-            self._busy[facts.rank] += facts.busy_seconds
-            self._step[facts.rank] += facts.step_seconds
+            if not math.isnan(facts.step_seconds):
+                self._busy[facts.rank].append(facts.busy_seconds)
+                self._step[facts.rank].append(facts.step_seconds)
         self._steps += 1
         if self._steps == WINDOW:
-            self._standing = _straggler(self._busy, self._step, stats.step)
+            self._standing = _straggler(_means(self._busy), _means(self._step), stats.step)
             self._busy.clear()
             self._step.clear()
             self._steps = 0
         return self._standing
 
 
+def _means(said: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    return {rank: statistics.fmean(seconds) for rank, seconds in said.items()}
+
+
 def _straggler(busy: Mapping[int, float], step: Mapping[int, float], now: int) -> list[Finding]:
+    """`busy`, `step`: mean seconds of each rank."""
+    if len(busy) < 2:
+        return []
     slowest = max(busy, key=lambda rank: busy[rank])
     others = [seconds for rank, seconds in busy.items() if rank != slowest]
-    if not others:
-        return []
     usual = statistics.median(others)
     length = statistics.median(step.values())
     if busy[slowest] < SLOWER * usual or busy[slowest] - usual < SHARE * length:

@@ -1,0 +1,195 @@
+"""The monitored steps of a job: what their packet holds, which calls are measured, and what is still under way."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from ddp_streammon import stats
+from ddp_streammon.collective import Collective
+from ddp_streammon.config import MonitorConfig
+from ddp_streammon.linear import Linear
+from ddp_streammon.measurement import GradientMeter
+from ddp_streammon.plan import Measurement, Plan
+from ddp_streammon.stats import Figures, ScalarLike
+from ddp_streammon.streams import StreamSet
+
+_log = logging.getLogger("ddp_streammon")
+_LAST_WAIT = 2.0
+"""Seconds that are given to sums under way when the job has failed."""
+
+
+class Steps:
+    """Counts calls, measures those of the cadence, and gives each back `delay` calls later, on every rank alike.
+
+    What is measured depends on the count of calls alone, never on data, readiness or rank.
+    """
+
+    def __init__(self, streams: StreamSet, meter: GradientMeter, collective: Collective, config: MonitorConfig) -> None:
+        self.calls = 0
+        self._streams = streams
+        self._meter = meter
+        self._collective = collective
+        self._config = config
+        self._plan: Plan | None = None
+        self._gradient_plan = meter.plan({}, of_step=False)
+        self._audited = False
+        self._pending: deque[Measurement] = deque()
+        self._fresh: Measurement | None = None
+        self._unproved: Measurement | None = None
+
+    def take(
+        self,
+        numbers: Mapping[str, ScalarLike | None],
+        samples: float | Tensor | None,
+        scaler: torch.amp.GradScaler | None,
+        epoch: float | None,
+        *,
+        joined: bool,
+    ) -> Figures:
+        """One call; its figures, empty where it is not measured. `joined`: under `Join`, where ranks may have stopped.
+
+        Comm: one all_reduce(SUM) where it is measured; at the first call also an all_gather_object. Sync: none.
+        """
+        plan = self._up_to_date(numbers)
+        self.calls += 1
+        self._fresh = None
+        self._meter.lap()
+        if not joined:
+            self._meter.look_at_update(self.calls)
+        figures = Figures((), dict)
+        if self._is_measured():
+            _warn_of_unknown(numbers, plan)
+            self._fresh = self._meter.measure(
+                *(plan, self.calls, numbers, samples, scaler),
+                epoch=epoch,
+                in_full=joined,
+                turn=self._turn,
+                audit=self._is_audit(),
+            )
+            self._pending.append(self._fresh)
+            figures = self._fresh.figures()
+        self._meter.look_at_next(self.calls % self._config.every == 0)
+        return figures
+
+    def shadow(self) -> None:
+        """What a call of a rank without data looks like to the others: the same collectives, nothing in them."""
+        plan = self._up_to_date({})
+        self.calls += 1
+        if self._is_measured():
+            self._pending.append(self._meter.shadow(plan, self.calls, turn=self._turn, audit=self._is_audit()))
+
+    def gradients(self, scaler: torch.amp.GradScaler | None = None) -> Measurement:
+        """The gradients now, apart from the cadence. Comm: one all_reduce(SUM). Sync: none."""
+        tensors = self._meter.summed_later()
+        if set(tensors) - set(self._gradient_plan.tensors):
+            tensors = _union(self._collective.gather(tensors))
+            self._gradient_plan = self._meter.plan({}, tensors, of_step=False)
+        return self._meter.measure(self._gradient_plan, self.calls, {}, None, scaler, epoch=None)
+
+    def fresh(self) -> Measurement:
+        """The measurement of the present gradients: this call's, or one made now. Comm: as `gradients`, or none."""
+        measured, self._fresh = self._fresh, None
+        return measured or self.gradients()
+
+    def gradients_are_used(self) -> None:
+        """The optimizer has stepped: what was measured does not belong to the next gradients."""
+        self._fresh = None
+
+    def due(self) -> Iterator[Measurement]:
+        """What was measured `delay` calls ago, or earlier, in order: at the same call on every rank.
+
+        What an audit has shown is taken over then too, and not before: one rank may have asked for the `rest` alone.
+        """
+        while self._pending and self._pending[0].call + self._config.delay <= self.calls:
+            yield self._next()
+        if self._unproved is not None and self._unproved.call + self._config.delay <= self.calls:
+            self._meter.prove(self._unproved.read())
+            self._unproved = None
+
+    def rest(self) -> Iterator[Measurement]:
+        """Everything that is under way."""
+        while self._pending:
+            yield self._next()
+
+    def rest_that_arrives(self) -> Iterator[Measurement]:
+        """After a failure: what comes within `_LAST_WAIT`, since other ranks may be gone."""
+        deadline = time.monotonic() + _LAST_WAIT
+        while self._pending:
+            while not self._pending[0].reduction.arrived():
+                if time.monotonic() > deadline:
+                    _log.warning("the last %d measured steps did not arrive from the other ranks", len(self._pending))
+                    self._pending.clear()
+                    return
+                time.sleep(0.001)
+            yield self._next()
+
+    def _next(self) -> Measurement:
+        measured = self._pending.popleft()
+        if measured.audit:
+            self._unproved = measured
+        return measured
+
+    def _up_to_date(self, numbers: Mapping[str, ScalarLike | None]) -> Plan:
+        """The plan; agreed at the first call, and where a gradient turns up that has to be summed first."""
+        if self._plan is None or set(self._meter.summed_later()) - set(self._plan.tensors):
+            self._plan = self._agree(numbers)
+        return self._plan
+
+    def _agree(self, numbers: Mapping[str, ScalarLike | None]) -> Plan:
+        """The plan of every step: the user's numbers that any rank names. Comm: one all_gather_object."""
+        own = {name: value is not None and stats.is_total(value) for name, value in numbers.items()}
+        sent = {name for name, value in numbers.items() if value is not None}
+        declared = {name for name in numbers if name not in ("loss", "samples")} | sent
+        if self._plan is not None:
+            own |= self._plan.scalars
+            declared |= set(self._plan.scalars)
+        identity = (self._streams.names, self._config, self.calls)
+        mine = {name: own[name] for name in sorted(declared)}
+        everyone = self._collective.gather((identity, mine, self._meter.summed_later()))
+        for rank, (other, _, _) in enumerate(everyone):
+            if other != everyone[0][0]:
+                raise ValueError(
+                    f"ranks 0 and {rank} disagree about (streams, configuration, calls so far): {everyone[0][0]} and "
+                    f"{other}; build the monitor alike, and load the same state, on every rank"
+                )
+        names = sorted({name for _, named, _ in everyone for name in named})
+        taken = [name for name in names if name in self._gradient_plan.names]
+        if taken:
+            raise ValueError(f"{taken[0]!r} is the key of a figure of the monitor's own; give your number another name")
+        scalars = {name: any(named.get(name, False) for _, named, _ in everyone) for name in names}
+        return self._meter.plan(scalars, _union(tensors for _, _, tensors in everyone))
+
+    def _is_measured(self) -> bool:
+        return (self.calls - 1) % self._config.every == 0
+
+    @property
+    def _turn(self) -> int:
+        """Which ranks fill their slots in this call's packet, where not all do."""
+        return (self.calls - 1) // self._config.every
+
+    def _is_audit(self) -> bool:
+        """Whether this call compares replicas: the first of this process, and every so many."""
+        due = not self._audited or self._turn % self._config.audit_every == 0
+        self._audited = True
+        return due
+
+
+def _warn_of_unknown(numbers: Mapping[str, ScalarLike | None], plan: Plan) -> None:
+    unknown = [name for name, value in numbers.items() if value is not None and name not in plan.scalars]
+    if unknown:
+        warnings.warn(
+            f"not sent: {', '.join(unknown)}. The packet's names are fixed at the first step "
+            f"({', '.join(plan.scalars) or 'none'}); name it there too, with None if it has no value yet",
+            stacklevel=5,
+        )
+
+
+def _union(tensors: Iterable[tuple[Linear, ...]]) -> tuple[Linear, ...]:
+    return tuple(sorted({tensor for of_rank in tensors for tensor in of_rank}))
