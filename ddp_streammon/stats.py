@@ -52,6 +52,8 @@ class StreamStats:
 
     `grad_norm` is the L2 norm, `grad_mean` the mean and `grad_max` the largest absolute value of its elements,
     `grad_share` its part of the model's squared norm (0 to 1). nan where no element has a gradient.
+    Where ranks fill their slots in turn (packet.py) `grad_max` is the largest that the ranks heard in this packet have
+    read since their last turn.
     """
 
     grad_norm: float

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Any
 
 import pytest
 
+from tests import layouts
 from tests.layouts import LAYOUTS, PRECISIONS, STREAMS, WORLD, error, measure, twin
 from tests.ranks import run_ranks
 
@@ -84,3 +86,16 @@ def test_what_nobody_synchronises_is_reported_and_nothing_else(layout: str) -> N
     expected = {"nobody synchronises": {*STREAMS, "shared"}, "mixed by stream": {"audio"}}.get(layout, set())
     for answer in answers_of(layout)[0].values():
         assert set(answer["replicas"]) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_command_prints_the_whole_matrix(capsys: pytest.CaptureFixture[str]) -> None:
+    layouts.main()
+    rows = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == len(LAYOUTS) * len(PRECISIONS) * 2
+    for layout, precision, _, own, single, collectives in rows:
+        assert collectives == "1"
+        assert float(own) < 1e-6
+        assert (layout in APART) == (single == "-")
+        assert single == "-" or float(single) < BOUND[precision]
