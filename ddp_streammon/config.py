@@ -57,6 +57,8 @@ class MonitorConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"monitor.{name} must be an integer of at least {least}, got {value!r}")
+        if not isinstance(self.local_gradients, bool):
+            raise ValueError(f"monitor.local_gradients must be true or false, got {self.local_gradients!r}")
         for name, kind in (("rules", RuleSet), ("rule_severity", Severity)):
             value = getattr(self, name)
             if value not in list(kind):
