@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,11 +133,11 @@ class GradientMeter:
     ) -> Measurement:
         """Measure now. `in_full`: read everything here, since another rank may have stopped (`Join`) and holds none.
 
-        `audit`: read in full, and send checksums of what this rank holds. `turn`: which ranks fill their slots.
+        `audit`: send checksums of what this rank holds. `turn`: which ranks fill their slots.
 
         Comm: one all_reduce(SUM). Sync: none.
         """
-        table = (self._read_in_full if in_full or audit else self._read)(_gradient)
+        table = (self._read_in_full if in_full else self._read)(_gradient)
         inverse: float | Tensor = 1.0
         scaled = scaler is not None and scaler.is_enabled()
         if scaler is not None and scaled:
@@ -180,10 +181,23 @@ class GradientMeter:
         for family in self._families:
             found = next(equal) if any(len(ranks) > 1 for ranks in family.sets) else None
             proved.append(found is None or (found.gradients and found.weights))
+        self._take_over(proved)
+
+    def _take_over(self, proved: list[bool]) -> None:
         if proved != self._proved:
             self._proved = proved
             self._make_readers()
             self._updates.share(self.shares)
+
+    def proof(self) -> dict[str, Any]:
+        """What audits have shown so far, as plain values."""
+        return {"ranks": self._collective.topology.world_size, "equal": list(self._proved)}
+
+    def trust(self, proof: Mapping[str, Any]) -> None:
+        """Take over a `proof`, where as many ranks hold as many families; the next audit looks again."""
+        size = self._collective.topology.world_size
+        if (proof["ranks"], len(proof["equal"])) == (size, len(self._families)):
+            self._take_over(list(proof["equal"]))
 
     def clip_(self, measurement: Measurement, max_norm: float, *, per_stream: bool) -> Tensor:
         """Clip by the norms of a measurement of the present gradients; see `clipping.clip_`."""

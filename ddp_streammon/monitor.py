@@ -220,7 +220,8 @@ class StreamMonitor(Joinable):
         and accuracy of a classifier. Keys: `full_val_loss`, `<stream>_val_loss` (the other streams' features
         zero), from three streams on `<stream>_without_val_loss`; and so for each figure of the score.
 
-        Comm: a broadcast of the buffers, an all_gather_object, one all_reduce(SUM). Sync: blocks.
+        Comm: a broadcast of the buffers, an all_gather_object, one all_reduce(SUM); with sharded parameters also one
+        all_reduce a batch, and one for each replayed call. Sync: blocks.
         """
         source = items if isinstance(items, Items) else Items(items, "items", sharded, max_batches)
         result = measure(self.streams, self._collective, {split: source}, score or classification())
@@ -287,7 +288,8 @@ class StreamMonitor(Joinable):
         Every item counts once, whatever the number of ranks; `max_batches` None is all of them. Pass
         `train_loader_no_aug` where `train_loader` augments, or the gap compares two kinds of items.
 
-        Comm: a broadcast of the buffers, an all_gather_object, one all_reduce(SUM). Sync: blocks.
+        Comm: a broadcast of the buffers, an all_gather_object, one all_reduce(SUM); with sharded parameters also one
+        all_reduce a batch, and one for each replayed call. Sync: blocks.
         """
         train = train_loader if train_loader_no_aug is None else train_loader_no_aug
         name = "train_loader" if train_loader_no_aug is None else "train_loader_no_aug"
@@ -353,8 +355,8 @@ class StreamMonitor(Joinable):
         self._bring_in(self._steps.rest())
 
     def state_dict(self) -> dict[str, Any]:
-        """History, counters and standing findings as plain values (torch.load reads them with `weights_only`);
-        equal on every rank. Waits for what is under way."""
+        """History, counters, findings and which replicas are equal, as plain values (torch.load reads them with
+        `weights_only`); equal on every rank. Waits for what is under way."""
         self.flush()
         return {
             "calls": self.calls,
@@ -362,12 +364,14 @@ class StreamMonitor(Joinable):
             "history": self.history.state_dict(),
             "standing": [finding.to_dict() for finding in self._standing],
             "findings": {key: finding.to_dict() for key, finding in self._findings.items()},
+            "replicas": self._meter.proof(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`, with any number of ranks."""
         self.flush()
         self._steps.calls, self.epoch = state["calls"], state["epoch"]
+        self._meter.trust(state["replicas"])
         self.history.load_state_dict(state["history"])
         self._standing = [Finding.from_dict(finding) for finding in state["standing"]]
         self._findings = {key: Finding.from_dict(finding) for key, finding in state["findings"].items()}

@@ -376,7 +376,9 @@ def test_packets_of_a_thousand_ranks_stay_within_64_kib_but_for_audits(ranks: in
     assert min(audits) > LIMIT_BYTES
     assert LIMIT_BYTES / 2 < min(packets.sizes) <= max(packets.sizes) <= LIMIT_BYTES
     assert monitor._steps._plan is not None
-    assert monitor._steps._plan.layout.turns == math.ceil(ranks * (3 + 1 + RankFacts.cell_count(3)) * CELL_BYTES / LIMIT_BYTES)
+    assert monitor._steps._plan.layout.turns == math.ceil(
+        ranks * (3 + 1 + RankFacts.cell_count(3)) * CELL_BYTES / LIMIT_BYTES
+    )
 
 
 TURNS = 3

@@ -89,7 +89,7 @@ class _Encoder:
         if self.stream not in kept:
             features = self._original(*args, **kwargs) if recorded is None else recorded[1]
             return map_tensors(features, torch.zeros_like)
-        if recorded is not None and _same(recorded[0], (args, kwargs)):
+        if recorded is not None and self._features.agree(_same(recorded[0], (args, kwargs))):
             return map_tensors(recorded[1], Tensor.clone)
         return self._original(*args, **kwargs)  # its input depends on another stream: no replay
 
@@ -99,10 +99,11 @@ class Features:
 
     `features` means the outputs of a stream's roots: its largest modules (streams.Stream.roots). A recorded output is
     replayed only for the inputs that it was recorded with; where they differ, since an encoder reads another
-    stream's features, the encoder runs again. `names` are the streams whose features may be replaced.
+    stream's features, the encoder runs again. `names` are the streams whose features may be replaced. `agree` is asked
+    before each replay: where an encoder holds collectives, all ranks have to run it again or none.
     """
 
-    def __init__(self, streams: StreamSet, names: Sequence[str]) -> None:
+    def __init__(self, streams: StreamSet, names: Sequence[str], agree: Callable[[bool], bool] = bool) -> None:
         modules = {".".join(path): module for path, module in walk(streams.model)}
         for name in names:
             if not streams[name].roots:
@@ -111,6 +112,7 @@ class Features:
                     "sit in modules that hold other streams too; give each stream a module, "
                     "e.g. streams={'rgb': model.rgb_encoder}"
                 )
+        self.agree = agree
         self.kept: frozenset[str] | None = None
         self._encoders = [_Encoder(name, path, modules[path], self) for name in names for path in streams[name].roots]
 

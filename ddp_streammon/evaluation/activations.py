@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ddp_streammon import keys
 from ddp_streammon.collective import Collective
 from ddp_streammon.evaluation.ablate import map_tensors
 from ddp_streammon.evaluation.harmless import undisturbed
-from ddp_streammon.evaluation.measure import describe, raise_together
 from ddp_streammon.evaluation.scores import to_device
+from ddp_streammon.evaluation.together import Stranded, describe, pace_of, raise_together
 from ddp_streammon.packet import Field, Layout
 from ddp_streammon.stats import ratio
 from ddp_streammon.streams import StreamSet, unwrap, walk
@@ -28,7 +29,9 @@ def activation_moments(streams: StreamSet, collective: Collective, inputs: tuple
 
     An exception on any rank is raised on every rank.
 
-    Shape: each rank's own inputs; figures are over all of them. Comm: one broadcast of the buffers, one
+    Shape: each rank's own inputs; figures are over all of them. Ranks that hold parts of one model give the same inputs
+    and count as one; an output that they leave cut counts its elements 1 / (such ranks) times, which the standard
+    deviation shows in its n - 1 alone. Comm: one broadcast of the buffers, one
     all_gather_object (names and errors) and one all_reduce(SUM), none in a single process. Sync: blocks.
     """
     sums: dict[tuple[str, str | None], Tensor] = {}
@@ -36,7 +39,8 @@ def activation_moments(streams: StreamSet, collective: Collective, inputs: tuple
     handles = []
 
     def add(stage: str, stream: str | None, tensor: Tensor) -> None:
-        wide = tensor.detach().double()
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        wide = whole.detach().double()
         cells = torch.stack([wide.sum(), wide.square().sum(), torch.full_like(wide.sum(), wide.numel())])
         sums[stage, stream] = sums[stage, stream] + cells if (stage, stream) in sums else cells
 
@@ -64,23 +68,28 @@ def activation_moments(streams: StreamSet, collective: Collective, inputs: tuple
     device = to_device(streams.model)
     failure: Exception | None = None
     error = None
-    try:
-        with undisturbed(streams.model, collective):
-            try:
-                streams.model(*map_tensors(inputs, lambda tensor: tensor.to(device)))
-            except Exception as raised:  # raised on every rank below, so that none waits for this one
-                failure, error = raised, describe(raised)
-    finally:
-        for handle in handles:
-            handle.remove()
-    everyone = collective.gather((error, tuple(sums)))
-    raise_together([error for error, _ in everyone], failure)
-    stages = tuple(dict.fromkeys(stage for _, found in everyone for stage in found))
+    pace = pace_of(streams.model, collective)
+    with pace.following():
+        try:
+            with undisturbed(streams.model, collective):
+                pace.attempt(lambda given: streams.model(*map_tensors(given, lambda t: t.to(device))), inputs)
+        except Stranded:
+            raise
+        except Exception as raised:  # raised on every rank below, so that none waits for this one
+            failure, error = raised, describe(raised)
+        finally:
+            for handle in handles:
+                handle.remove()
+        place = collective.topology.data_rank
+        everyone = collective.gather((error, tuple(sums), place))
+    raise_together([error for error, *_ in everyone], failure)
+    part = 1.0 / sum(other == place for *_, other in everyone)  # ranks that hold parts of one model count as one
+    stages = tuple(dict.fromkeys(stage for _, found, _ in everyone for stage in found))
     if not stages:
         raise ValueError("no stage gave a tensor: the streams' modules have no children that the forward calls")
     layout = Layout((Field("sums", (len(stages), 3)),))
     nothing = torch.zeros(3, dtype=torch.float64, device=device)
-    cells = torch.stack([sums.get(stage, nothing) for stage in stages])
+    cells = part * torch.stack([sums.get(stage, nothing) for stage in stages])
     packet = layout.pack({"sums": cells}, collective.topology.rank, device)
     total = layout.unpack(collective.all_reduce(packet.to(collective.device_for(device))).wait())["sums"]
     figures: dict[str, float] = {}

@@ -9,7 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ddp_streammon.collective import Collective
 
@@ -54,7 +57,8 @@ def undisturbed(model: nn.Module, collective: Collective, loaders: Sequence[obje
 
     DDP leaves BatchNorm's buffers different on each rank, and predictions with them. Inside, the modules hold copies,
     so that a graph waiting for its backward is not disturbed; each rank's own buffers come back at the end, with the
-    modes of all modules, and every random state.
+    modes of all modules, and every random state. Buffers that are cut over ranks (DTensor) are each rank's own part.
+    FSDP2's modules are left sharded: what was gathered for a forward would hide the optimizer's next step.
 
     Comm: one broadcast for each dtype of the buffers, none in a single process. Sync: blocks.
     """
@@ -62,18 +66,33 @@ def undisturbed(model: nn.Module, collective: Collective, loaders: Sequence[obje
     modes = [module.training for module in modules]
     buffers = [(module._buffers, dict(module._buffers)) for module in modules if isinstance(module._buffers, dict)]
     copies = {id(buffer): buffer.clone() for _, own in buffers for buffer in own.values() if buffer is not None}
+    wrapped = [module for module in modules if isinstance(module, DistributedDataParallel) and module.broadcast_buffers]
     # Compiled code would be recompiled for eval mode, and hooks and stand-ins added after compilation may not run.
     with preserved_rng(loaders), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
-            collective.broadcast(list(copies.values()))
+            collective.broadcast([tensor for copy in copies.values() for tensor in _whole(copy)])
             for holder, own in buffers:
                 holder.update({name: copies[id(buffer)] for name, buffer in own.items() if buffer is not None})
+            for wrapper in wrapped:  # inside the model; in its forward it would overwrite the buffers put aside
+                wrapper.broadcast_buffers = False
             for module in modules:
                 module.training = False
             yield
         finally:
             for module, mode in zip(modules, modes, strict=True):
                 module.training = mode
+            for wrapper in wrapped:
+                wrapper.broadcast_buffers = True
             for holder, own in buffers:
                 holder.clear()
                 holder.update(own)
+            for module in modules:
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+
+def _whole(buffer: Tensor) -> list[Tensor]:
+    """What this rank holds of a buffer, where every rank holds all of it."""
+    if not isinstance(buffer, DTensor):
+        return [buffer]
+    return [buffer.to_local()] if all(placement.is_replicate() for placement in buffer.placements) else []

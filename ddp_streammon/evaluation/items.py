@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,10 @@ class Items:
     A map-style DataLoader is re-made over this rank's stride of its items: each item once, in the data set's order,
     no padding (`sharded=True` says that its items are this rank's own already; a DistributedSampler's never are).
     Anything else must say, under several ranks, whether its batches are this rank's own (True) or the same on every
-    rank (False: batch number b then belongs to rank b modulo world size).
+    rank (False: batch number b then belongs to rank b modulo their number).
+
+    Ranks means data-parallel ranks: those that hold parts of one model (tensor parallel) evaluate the same items, and
+    count as one. With `sharded=True` they have to be given the same.
 
     `max_batches` limits the evaluation to so many batches of the whole, whatever the number of ranks; `max_items`,
     of a map-style DataLoader, to so many items. They are the first ones, or of a loader that shuffles a choice that
@@ -55,38 +58,58 @@ class Items:
 
 @dataclass(frozen=True)
 class Share:
-    """This rank's batches; `length` of the data set and `digest` of what is shared out have to agree over ranks."""
+    """This rank's batches; `length` of the data set and `digest` of what is shared out have to agree over ranks.
+
+    `spare` gives a batch of another rank's items for a rank that has none itself; None where there is none to be had.
+    """
 
     batches: Iterable[Any]
+    spare: Callable[[], Any]
     length: int | None = None
     digest: str = ""
 
 
 def share(items: Items, topology: Topology) -> Share:
     """What this rank evaluates. Errors: ValueError, naming the loader, for one that cannot be shared out."""
-    loader = items.loader
+    loader, rank, ranks, limit = items.loader, topology.data_rank, topology.data_size, items.max_batches
     if _shared_out_here(items):
         assert isinstance(loader, DataLoader)
         units = _units(loader, items)
         digest = hashlib.sha256(repr(units).encode()).hexdigest()
-        mine = _remade(loader, units[topology.rank :: topology.world_size])
-        return Share(mine, len(loader.dataset), digest)  # type: ignore[arg-type]
+        mine = _remade(loader, units[rank::ranks])
+        first = 1 if _has_custom_batches(loader) else _items_of(loader, 1)
+        spare = _remade(loader, units[:first])
+        return Share(mine, lambda: next(iter(spare), None), len(loader.dataset), digest)  # type: ignore[arg-type]
     if items.max_items is not None:
         raise ValueError(
             f"{items.name}: a number of items can only be asked of a DataLoader over a map-style data set that is not "
             f"sharded yet, got a {type(loader).__name__}; ask for a number of batches"
         )
-    if items.sharded is None and topology.world_size > 1:
+    if items.sharded is None and ranks > 1:
         raise ValueError(
             f"{items.name}: a {type(loader).__name__} over an iterable source cannot be shared out among "
-            f"{topology.world_size} ranks by itself; say sharded=True if each rank's own items come out of it, "
+            f"{ranks} ranks by itself; say sharded=True if each rank's own items come out of it, "
             "or sharded=False if every rank sees the same batches"
         )
-    rank, world, limit = topology.rank, topology.world_size, items.max_batches
     if not items.sharded:
-        return Share(itertools.islice(loader, rank, limit, world))
-    own = None if limit is None else len(range(rank, limit, world))  # this rank's part of `limit` batches in all
-    return Share(itertools.islice(loader, own))
+        seen = _Stride(loader, rank, ranks, limit)
+        return Share(seen, lambda: seen.last)
+    own = None if limit is None else len(range(rank, limit, ranks))  # this rank's part of `limit` batches in all
+    return Share(itertools.islice(loader, own), lambda: None)
+
+
+class _Stride:
+    """Every `step`-th of the first `limit` batches, from number `start` on; `last` is the last one seen of all."""
+
+    def __init__(self, loader: Iterable[Any], start: int, step: int, limit: int | None) -> None:
+        self._loader, self._start, self._step, self._limit = loader, start, step, limit
+        self.last: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(itertools.islice(self._loader, self._limit)):
+            self.last = batch
+            if number % self._step == self._start:
+                yield batch
 
 
 def _shared_out_here(items: Items) -> bool:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddp_streammon.collective import Collective
 from ddp_streammon.evaluation.ablate import Features, map_tensors, variants
 from ddp_streammon.evaluation.harmless import undisturbed
-from ddp_streammon.evaluation.items import Items, share
+from ddp_streammon.evaluation.items import Items, Share, share
 from ddp_streammon.evaluation.scores import Score, to_device
+from ddp_streammon.evaluation.together import Apart, Stranded, describe, pace_of, raise_together
 from ddp_streammon.packet import Field, Layout
 from ddp_streammon.stats import ratio
 from ddp_streammon.streams import StreamSet
@@ -60,32 +63,40 @@ def measure(
     rank's own numbers as (sum, weight), which ride along; a rank may leave some out.
 
     The model is left as it was (harmless.undisturbed). All ranks must call it. Errors: an exception on any rank is
-    raised on every rank as a RuntimeError that names the rank; ValueError for items that cannot be shared out.
+    raised on every rank as a RuntimeError that names the rank; ValueError for items that cannot be shared out. Where
+    parameters are sharded ranks go in step, see `together.Lockstep`.
 
     Comm: a broadcast of the buffers, one all_gather_object (names and errors), one all_reduce(SUM) of the sums;
-    none in a single process. Sync: blocks; one read of the sums from the device a split.
+    none in a single process. With sharded parameters also one all_reduce(SUM) a batch, and one for each replay of an
+    encoder. Sync: blocks; one read of the sums from the device a split.
     """
     kept = variants(streams.user_names) if kept is None else kept
     loaders = [items.loader for items in splits.values()]
     failure: Exception | None = None
-    with undisturbed(streams.model, collective, loaders):
-        try:
-            local = _score_splits(streams, collective, splits, score, kept)
-        except Exception as error:  # raised on every rank below, so that none waits for this one
-            failure = error
-            local = _Local({}, {}, {}, describe(error))
+    pace = pace_of(streams.model, collective)
     own = scalars or {}
-    everyone = collective.gather((local.error, tuple(local.sums), local.read, tuple(own)))
+    with pace.following():
+        with undisturbed(streams.model, collective, loaders):
+            try:
+                local = _score_splits(streams, collective, splits, score, kept, pace)
+            except Stranded:
+                raise
+            except Exception as error:  # raised on every rank below, so that none waits for this one
+                failure = error
+                local = _Local({}, {}, {}, describe(error))
+        place = collective.topology.data_rank
+        everyone = collective.gather((local.error, tuple(local.sums), local.read, tuple(own), place))
     raise_together([error for error, *_ in everyone], failure)
-    _check_same([read for _, _, read, _ in everyone], splits)
-    names = tuple(dict.fromkeys(name for _, found, _, _ in everyone for name in found))
-    numbers = tuple(dict.fromkeys(name for _, _, _, given in everyone for name in given))
+    _check_same([read for _, _, read, *_ in everyone], splits)
+    names = tuple(dict.fromkeys(name for _, found, *_ in everyone for name in found))
+    numbers = tuple(dict.fromkeys(name for _, _, _, given, _ in everyone for name in given))
+    part = 1.0 / sum(other == place for *_, other in everyone)  # ranks that hold parts of one model count as one
     layout = Layout((Field("sums", (len(names),)), Field("items", (len(splits),)), Field("scalars", (len(numbers), 2))))
     packet = layout.pack(
         {
-            "sums": torch.tensor([local.sums.get(name, 0.0) for name in names], dtype=torch.float64),
-            "items": torch.tensor([local.items.get(split, 0) for split in splits], dtype=torch.float64),
-            "scalars": torch.tensor([own.get(n, (0.0, 0.0)) for n in numbers], dtype=torch.float64).view(-1, 2),
+            "sums": part * torch.tensor([local.sums.get(name, 0.0) for name in names], dtype=torch.float64),
+            "items": part * torch.tensor([local.items.get(split, 0) for split in splits], dtype=torch.float64),
+            "scalars": part * torch.tensor([own.get(n, (0.0, 0.0)) for n in numbers], dtype=torch.float64).view(-1, 2),
         },
         collective.topology.rank,
     )
@@ -112,25 +123,38 @@ def _score_splits(
     splits: Mapping[str, Items],
     score: Score,
     kept: Mapping[str, Sequence[str]],
+    pace: Apart,
 ) -> _Local:
     everything = tuple(streams.user_names)
     replaced = any(tuple(names) != everything for names in kept.values())
-    features = Features(streams, everything if replaced else ())
+    features = Features(streams, everything if replaced else (), pace.agree)
     device = to_device(streams.model)
     local = _Local({}, {}, {})
+
+    def shared_out(split: str) -> Share:
+        mine = share(splits[split], collective.topology)
+        if mine.length is not None:
+            local.read[split] = mine.length, mine.digest
+        return mine
+
+    def on_device(batch: Any) -> Any:
+        return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
     with features.installed():
         for split, items in splits.items():
-            mine = share(items, collective.topology)
-            if mine.length is not None:
-                local.read[split] = mine.length, mine.digest
             totals: dict[tuple[str, str, str], Tensor] = {}
-            for batch in mine.batches:
-                batch = map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
-                count = _score_batch(streams, features, split, batch, score, kept, totals)
-                local.items[split] = local.items.get(split, 0) + count
+            for batch, counts in pace.rounds(functools.partial(shared_out, split), on_device, items.name):
+                count, sums = _score_batch(streams, features, batch, score, kept, pace)
+                if counts:
+                    local.items[split] = local.items.get(split, 0) + count
+                    for (variant, figure), value in sums.items():
+                        key = (split, variant, figure)
+                        totals[key] = totals[key] + value if key in totals else value
             if totals:
                 values = torch.stack(list(totals.values())).tolist()
                 local.sums.update(zip(totals, values, strict=True))
+    if pace.failure is not None:
+        raise pace.failure
     if any(local.items.values()):
         features.check_called()
     return local
@@ -139,49 +163,40 @@ def _score_splits(
 def _score_batch(
     streams: StreamSet,
     features: Features,
-    split: str,
     batch: object,
     score: Score,
     kept: Mapping[str, Sequence[str]],
-    totals: dict[tuple[str, str, str], Tensor],
-) -> int:
-    """Add the batch's weighted sums to `totals`; returns its number of items."""
+    pace: Apart,
+) -> tuple[int, dict[tuple[str, str], Tensor]]:
+    """The batch's number of items, and its weighted sums by (variant, figure)."""
     count = 0
+    found: dict[tuple[str, str], Tensor] = {}
     everything = tuple(streams.user_names)
+    scored = functools.partial(_scored, score, streams.model)
     for variant, names in sorted(kept.items(), key=lambda item: tuple(item[1]) != everything):
         with features.recording() if tuple(names) == everything else features.keeping(names):
-            result = dict(score(streams.model, batch))
-        if "loss" not in result:
-            raise ValueError(f"score must give 'loss' per item, got {', '.join(map(repr, result)) or 'nothing'}")
-        loss = result["loss"]
-        for figure, values in result.items():
-            if values.dim() != 1 or len(values) != len(loss):
-                raise ValueError(
-                    f"score must give one {figure} per item, shape [{len(loss) if loss.dim() else 'items'}], "
-                    f"got shape {tuple(values.shape)}"
-                )
-        count = len(loss)
-        weight = result.pop(WEIGHT, torch.ones_like(loss)).double()
-        sums = {figure: (values.double() * weight).sum() for figure, values in result.items()} | {WEIGHT: weight.sum()}
-        for figure, value in sums.items():
-            key = (split, variant, figure)
-            totals[key] = totals[key] + value if key in totals else value
-    return count
+            result = pace.attempt(scored, batch)
+        if result is not None:
+            count, sums = result
+            found |= {(variant, figure): value for figure, value in sums.items()}
+    return count, found
 
 
-def describe(error: Exception) -> str:
-    """What travels of an exception."""
-    return f"{type(error).__name__}: {error}"
-
-
-def raise_together(errors: Sequence[str | None], own: Exception | None) -> None:
-    """Raise on every rank what any rank ran into; `errors` by rank, `own` this rank's."""
-    failed = [rank for rank, error in enumerate(errors) if error is not None]
-    if not failed:
-        return
-    if own is not None and (len(errors) == 1 or (isinstance(own, ValueError) and len(failed) == len(errors))):
-        raise own
-    raise RuntimeError(f"the evaluation failed on rank {failed[0]}: {errors[failed[0]]}") from own
+def _scored(score: Score, model: nn.Module, batch: object) -> tuple[int, dict[str, Tensor]]:
+    """How many items there are, and the weighted sums of their figures."""
+    result = dict(score(model, batch))
+    if "loss" not in result:
+        raise ValueError(f"score must give 'loss' per item, got {', '.join(map(repr, result)) or 'nothing'}")
+    loss = result["loss"]
+    for figure, values in result.items():
+        if values.dim() != 1 or len(values) != len(loss):
+            raise ValueError(
+                f"score must give one {figure} per item, shape [{len(loss) if loss.dim() else 'items'}], "
+                f"got shape {tuple(values.shape)}"
+            )
+    weight = result.pop(WEIGHT, torch.ones_like(loss)).double()
+    sums = {figure: (values.double() * weight).sum() for figure, values in result.items()}
+    return len(loss), sums | {WEIGHT: weight.sum()}
 
 
 def _check_same(read: Sequence[Mapping[str, tuple[int, str]]], splits: Mapping[str, Items]) -> None:

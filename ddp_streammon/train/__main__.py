@@ -23,9 +23,10 @@ from torch import nn
 from ddp_streammon import keys
 from ddp_streammon.report import describe_action
 from ddp_streammon.streams import StreamSet
-from ddp_streammon.train.config import AppConfig, ConfigError, load
+from ddp_streammon.train.config import AppConfig, ConfigError, check_ranks, load
 from ddp_streammon.train.data import StreamData
-from ddp_streammon.train.loop import Result, run, seed_all, stream_specs
+from ddp_streammon.train.loop import Result, run
+from ddp_streammon.train.training import seed_all, stream_specs
 
 VERSION_BASE = "1.3"
 OPEN = ("streams", "optim.streams", "data", "model")
@@ -51,6 +52,7 @@ def _application(config: DictConfig) -> None:
     try:
         _refuse_multirun()
         settings = load(config)
+        check_ranks(settings, int(os.environ.get("WORLD_SIZE", "1")))
         seed_all(settings.trainer.seed)
         data, model = data_and_model(config, settings)
         run_dir = Path(HydraConfig.get().runtime.output_dir)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.utils._pytree import tree_map_only
 
 from ddp_streammon.collective import Collective
 from ddp_streammon.train.config import AUTO, ConfigError
+from ddp_streammon.train.sharded import laid_out, whole
 
 FILE = "checkpoint.pt"
 """Its name in the run directory."""
@@ -42,6 +46,44 @@ def find(resume: str | None, run_dir: Path, collective: Collective) -> Path | No
     if seen[0]:
         return own
     return None if resume == AUTO else Path(resume)
+
+
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """The model's state_dict with whole tensors on the CPU; where there are several ranks, on rank 0 alone.
+
+    Comm: an all_gather of what is sharded.
+    """
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_model(model: nn.Module, state: dict[str, Any]) -> None:
+    """Load what `model_state` gave, on every rank, in the model's own layout."""
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state_dict with whole tensors, sharded ones on rank 0 alone.
+
+    Parameters go by their numbers, which are the same in every layout. (What torch's `get_optimizer_state_dict` gives
+    cannot be loaded where an optimizer keeps no tensors, as SGD without momentum.)
+    Comm: an all_gather of what is sharded.
+    """
+    return tree_map_only(torch.Tensor, whole, optimizer.state_dict())  # type: ignore[no-any-return]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load what `optimizer_state` gave, in the layout of the optimizer's parameters. Comm: a scatter of each tensor."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = {
+        number: {
+            name: laid_out(value, parameters[number])
+            if isinstance(value, torch.Tensor) and value.shape == parameters[number].shape
+            else value
+            for name, value in values.items()
+        }
+        for number, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": own})
 
 
 def rng_state() -> dict[str, Any]:
@@ -74,13 +116,13 @@ def save(path: Path, state: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def load(path: str | Path, device: torch.device, model: nn.Module) -> dict[str, Any]:
-    """Read a checkpoint: tensors and plain values only, so that a file from elsewhere cannot run code.
+def load(path: str | Path, model: nn.Module) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU: tensors and plain values only, so that a file from elsewhere cannot run code.
 
     Errors: ConfigError for a file that is no checkpoint of this application, or one of another model.
     """
     try:
-        state: Any = torch.load(path, map_location=device, weights_only=True)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle each have their own
         raise ConfigError(f"trainer.resume: {str(path)!r} is no checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or not state.keys() >= KEYS:

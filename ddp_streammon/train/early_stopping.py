@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddp_streammon.train.optim import BestSoFar, encoders_of, freeze_group, groups_of
+from ddp_streammon.train.sharded import laid_out, whole
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class StreamEarlyStopping:
     requires_grad, see `optim.freeze_group`; and its modules in eval mode, so that buffers stand still, which
     lasts until the next `model.train()`: call `apply_modes()` after each. Metrics must be equal on every
     rank; nothing is communicated. Where ranks have buffers of their own, DistributedDataParallel's next
-    forward makes those restored on rank 0 everyone's, as in every step.
+    forward makes those restored on rank 0 everyone's, as in every step (under FSDP2 `parallel.share_buffers`).
     """
 
     def __init__(
@@ -143,13 +144,17 @@ class StreamEarlyStopping:
                         part.eval()
 
     def state_dict(self) -> dict[str, Any]:
-        """Per stream: progress, best epoch, whether it is frozen, and its best tensors."""
+        """Per stream: progress, best epoch, whether it is frozen, and its best tensors as wholes, sharded ones on
+        rank 0 alone.
+
+        Comm: an all_gather of each tensor that is sharded.
+        """
         return {
             name: {
                 "progress": stream.progress.state_dict(),
                 "best_epoch": stream.best_epoch,
                 "frozen": stream.frozen,
-                "best_tensors": [tensor.clone() for tensor in stream.best_tensors],
+                "best_tensors": [whole(tensor) for tensor in stream.best_tensors],
             }
             for name, stream in self._streams.items()
         }
@@ -171,8 +176,7 @@ class StreamEarlyStopping:
             stream.progress.load_state_dict(given["progress"])
             stream.best_epoch = given["best_epoch"]
             stream.best_tensors = [
-                best.detach().to(device=tensor.device, copy=True)
-                for tensor, best in zip(stream.tensors(), given["best_tensors"], strict=False)
+                laid_out(best, tensor) for tensor, best in zip(stream.tensors(), given["best_tensors"], strict=False)
             ]
             if given["frozen"]:
                 self._freeze(name)

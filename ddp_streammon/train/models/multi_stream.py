@@ -14,6 +14,7 @@ from ddp_streammon.collective import Collective
 from ddp_streammon.evaluation import Items, measure
 from ddp_streammon.evaluation.scores import classified, split_batch
 from ddp_streammon.keys import FULL, SHARED
+from ddp_streammon.shards import model_peers
 from ddp_streammon.stats import ratio
 from ddp_streammon.streams import StreamSet
 from ddp_streammon.train.models.fusion import make_fusion
@@ -111,11 +112,13 @@ class MultiStreamModel(nn.Module):
         are there as color and brightness too.
 
         Under a process group all ranks must call it; the items are shared out, see `evaluation.Items`. The model is
-        left as it was. Comm: a broadcast of the buffers, an all_gather_object, one all_reduce(SUM). Sync: blocks.
+        left as it was. Comm: a broadcast of the buffers, two all_gather_object, one all_reduce(SUM). Sync: blocks.
         """
         streams = StreamSet.resolve(self, dict(self.encoders.items()))
         items = Items(loader, "loader", sharded, max_items=num_samples)
-        result = measure(streams, Collective(), {"items": items}, _pathway_score)
+        collective = Collective()
+        collective.share_data(collective.gather(model_peers(streams, self) or (collective.topology.rank,)))
+        result = measure(streams, collective, {"items": items}, _pathway_score)
         labels = [{name: name for name in self.stream_names}]
         if self.stream_names == tuple(SEED_LABELS.values()):
             labels.append(SEED_LABELS)
@@ -171,9 +174,13 @@ def _pathway_score(model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
     """Loss, correctness, and of each stream's features the L2 norm and its square, per item."""
     assert isinstance(model, MultiStreamModel)
     inputs, named, target = split_batch(batch)
-    features = model.encode(*model._ordered(inputs, named))
-    figures = classified(model, model.head(*features), target)
-    for name, feature in zip(model.stream_names, features, strict=True):
+    fused: list[tuple[Tensor, ...]] = []
+    handle = model.fusion.register_forward_pre_hook(lambda _, features: fused.append(features))
+    try:  # the model's own call: sharded parameters are whole inside of it only
+        figures = classified(model, model(*inputs, **named), target)
+    finally:
+        handle.remove()
+    for name, feature in zip(model.stream_names, fused[0], strict=True):
         norm = feature.double().flatten(1).norm(dim=1)
         figures |= {keys.of_stream(name, keys.FEATURE_NORM): norm, _square_of(name): norm.square()}
     return figures
