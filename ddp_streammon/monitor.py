@@ -21,11 +21,15 @@ from ddp_streammon.collective import Collective
 from ddp_streammon.config import MonitorConfig, RuleSet
 from ddp_streammon.evaluation import (
     Items,
+    Labelled,
+    Probe,
+    ProbeStats,
     Score,
     activation_moments,
     classification,
     measure,
     overfitting_values,
+    probe_streams,
     split_values,
 )
 from ddp_streammon.history import History
@@ -228,6 +232,15 @@ class StreamMonitor(Joinable):
         values = split_values(result, split)
         self._record_epoch(values)
         return Figures(values, lambda: values)
+
+    def probe(self, probe: Probe, train: Labelled, held_out: Labelled) -> ProbeStats:
+        """What each stream's features know of the target: a closed-form ridge probe, alone, without it, and of all.
+
+        `train` and `held_out` are this rank's items: features that you took from the encoders, targets, and the model's
+        own predictions for the head gap. Intervals are 95 %. See `evaluation.probe_streams`; `evaluation.claims` says
+        what may be said of the figures. Comm: one all_gather_object, two all_reduce(SUM). Sync: blocks.
+        """
+        return probe_streams(probe, self._collective, train, held_out)
 
     # The guide's face ------------------------------------------------------------------------------------------
 
