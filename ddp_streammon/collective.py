@@ -68,6 +68,13 @@ class Collective:
         """Take over which ranks see the same data: for each rank those, itself included."""
         self.topology = Topology.of(self.topology.rank, self.topology.world_size, peers)
 
+    def places(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """The ranks of the group that these global ranks are; those outside of it are left out."""
+        if self.group is None:
+            return tuple(ranks)
+        members = dist.get_process_group_ranks(self.group)
+        return tuple(members.index(rank) for rank in ranks if rank in members)
+
     def device_for(self, device: torch.device) -> torch.device:
         """Where a packet has to lie: `device`, unless the backend cannot take it from there."""
         if self._device_type is None or self._device_type == device.type:

@@ -52,7 +52,8 @@ class LocalGradients:
         self._num_streams = len(streams.streams)
         self._device = device
         self._number_of = {id(parameter): number for number, parameter in enumerate(self._parameters)}
-        self._models = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+        wrappers = (module for module in model.modules() if isinstance(module, DistributedDataParallel))
+        self._models = [(wrapped, _reduced(wrapped)) for wrapped in wrappers]
         self._bucket_of: dict[int, _Bucket] = {}
         self._done: dict[_Bucket, Tensor] = {}
         """What was read in the last backward pass, [P, M] each, in its order."""
@@ -61,8 +62,8 @@ class LocalGradients:
         self.armed = True
         """Whether the next backward pass is to be read."""
         self._hooks: list[RemovableHandle] = []
-        for wrapped in self._models:
-            for parameter in _reduced(wrapped):
+        for wrapped, reduced in self._models:
+            for parameter in reduced:
                 number = self._number_of.get(id(parameter))
                 if number is not None:
                     self._join([number])
@@ -119,7 +120,8 @@ class LocalGradients:
             bucket = self._bucket_of[number]
             bucket.ready.add(number)
             if len(bucket.ready) == len(bucket.numbers):
-                self._done[bucket] = bucket.read(lambda parameter: parameter.grad)
+                with torch.no_grad():
+                    self._done[bucket] = bucket.read(lambda parameter: parameter.grad)
                 bucket.ready.clear()
 
         return ready
@@ -138,11 +140,10 @@ class LocalGradients:
         if not self._models or self._asked == _PATIENCE:
             return
         self._asked += 1
-        for wrapped in [model for model in self._models if _in_one(model)]:
+        for wrapped, reduced in [pair for pair in self._models if _in_one(pair[0])]:
             told = wrapped._get_ddp_logging_data().get("rebuilt_per_bucket_param_indices", "")  # type: ignore[no-untyped-call]
             if told:
-                self._models.remove(wrapped)
-                reduced = list(_reduced(wrapped))
+                self._models.remove((wrapped, reduced))
                 for bucket in told.split(","):
                     members = [self._number_of.get(id(reduced[int(index)])) for index in bucket.split()]
                     self._join([number for number in members if number is not None])

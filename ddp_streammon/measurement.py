@@ -60,7 +60,7 @@ class GradientMeter:
         """
         refuse_unsupported(model)
         self._rank = collective.topology.rank
-        peers = peers or model_peers(streams, model) or (self._rank,)
+        peers = peers or collective.places(model_peers(streams, model) or ()) or (self._rank,)
         described = collective.gather((holdings(streams), tuple(peers)))
         collective.share_data([seen for _, seen in described])
         self.device = next(streams.model.parameters()).device
@@ -81,12 +81,13 @@ class GradientMeter:
         self._local = LocalGradients(streams, model, self.device) if local_gradients else None
         self._kept: tuple[Tensor, Tensor] | None = None
         self._make_readers()
-        self._updates = Updates(self.shares, len(streams.streams), self.device, update_every)
+        self._updates = Updates(self.weight_shares, len(streams.streams), self.device, update_every)
 
     def _make_readers(self) -> None:
         held = self._squared = _without(self._families, {tensor.name for tensor in self._tensors}, self._parameters)
         number = len(self._streams.streams)
         self.shares: tuple[Share, ...] = shares(held, self._rank, self._proved)
+        self.weight_shares = shares(self._families, self._rank, self._proved)
         self._read: Reader = reader(self.shares, number, self.device)
         everything = shares(held, self._rank, [False] * len(held))
         self._read_in_full: Reader = reader(everything, number, self.device)
@@ -118,6 +119,7 @@ class GradientMeter:
         """Whether any parameter has a gradient on this rank."""
         return any(p.parameter.grad is not None for stream in self._streams.streams for p in stream.parameters)
 
+    @torch.no_grad()
     def measure(
         self,
         plan: Plan,
@@ -147,6 +149,8 @@ class GradientMeter:
         cells[:, :3] /= self._collective.topology.model_peers
         layout = plan.audit_layout if audit else plan.layout
         fields = step_fields(table, cells, bad, epoch=epoch, scaled=scaled)
+        if set(self.summed_later()) - set(plan.tensors):
+            fields[STATE][3] = 1.0
         if plan.tensors:
             fields[LINEAR] = linear.cells(plan.tensors, self._parameters, self._copies, inverse, self.device)
         updates = plan.of_step and self._updates.pending
@@ -180,18 +184,19 @@ class GradientMeter:
         proved = []
         for family in self._families:
             found = next(equal) if any(len(ranks) > 1 for ranks in family.sets) else None
-            proved.append(found is None or (found.gradients and found.weights))
+            proved.append(found is not None and found.gradients and found.weights)
         self._take_over(proved)
 
     def _take_over(self, proved: list[bool]) -> None:
         if proved != self._proved:
             self._proved = proved
             self._make_readers()
-            self._updates.share(self.shares)
+            self._updates.share(self.weight_shares)
 
     def proof(self) -> dict[str, Any]:
-        """What audits have shown so far, as plain values."""
-        return {"ranks": self._collective.topology.world_size, "equal": list(self._proved)}
+        """What audits have shown to be equal so far, and among how many ranks (0: nothing yet), as plain values."""
+        ranks = self._collective.topology.world_size if any(self._proved) else 0
+        return {"ranks": ranks, "equal": list(self._proved)}
 
     def trust(self, proof: Mapping[str, Any]) -> None:
         """Take over a `proof`, where as many ranks hold as many families; the next audit looks again."""
@@ -223,6 +228,10 @@ class GradientMeter:
     def lap(self) -> None:
         """Another call of `step`, measured or not."""
         self._clock.lap()
+
+    def pause(self) -> None:
+        """This rank has no step of its own to time."""
+        self._clock.pause()
 
     def look_at_update(self, call: int) -> None:
         """Before the optimizer's step number `call`: see what it did last, remember what it starts from."""
@@ -280,8 +289,13 @@ class GradientMeter:
         """
         known = {id(optimizer) for optimizer in self._optimizers}
         states = scaler._per_optimizer_states.items()
-        stages = [state["stage"].name for optimizer, state in states if optimizer in known or not known]
-        return 1.0 if any(stage != "READY" for stage in stages) else _inverse(scaler)
+        done = {optimizer for optimizer, state in states if state["stage"].name != "READY"}
+        if known & done and known - done:
+            raise ValueError(
+                "the gradients of some optimizers are unscaled and those of others are not: call scaler.unscale_ for "
+                "all of them, or for none, before monitor.step"
+            )
+        return 1.0 if done & known or (done and not known) else _inverse(scaler)
 
 
 def _inverse(scaler: torch.amp.GradScaler) -> float | Tensor:
@@ -291,7 +305,9 @@ def _inverse(scaler: torch.amp.GradScaler) -> float | Tensor:
 
 def _gradient(parameter: nn.Parameter) -> Tensor | None:
     gradient = parameter.grad
-    return None if gradient is None else local(gradient)
+    if gradient is None or (isinstance(gradient, DTensor) and any(p.is_partial() for p in gradient.placements)):
+        return None
+    return local(gradient)
 
 
 def _without(held: Sequence[Family], names: set[str], parameters: Mapping[str, nn.Parameter]) -> tuple[Family, ...]:
@@ -326,12 +342,12 @@ def step_fields(table: Tensor, cells: Tensor, bad: Tensor, *, epoch: float | Non
     The state says that the rank takes part, whether a GradScaler is in charge, and its epoch: a rank that shadows
     the others under `Join` knows neither, and is to file the same.
     """
-    state = torch.tensor([1.0, float(scaled), math.nan if epoch is None else epoch], dtype=torch.float64)
+    state = torch.tensor([1.0, float(scaled), math.nan if epoch is None else epoch, 0.0], dtype=torch.float64)
     return {STATE: state, MOMENTS: table[:, :ABS_MAX], MAXIMA: table[:, ABS_MAX], BAD: bad, SCALARS: cells}
 
 
 def unscale(table: Tensor, inverse_scale: float | Tensor) -> Tensor:
-    """Moments of scaled gradients -> moments of the gradients. Shape: [S, 6]. Comm, Sync: none."""
+    """Moments of scaled gradients -> moments of the gradients. Shape: [S, 7]. Comm, Sync: none."""
     factors = torch.ones_like(table[0])
     factors[SUM] = factors[ABS_MAX] = inverse_scale
     factors[SQ_SUM] = inverse_scale * inverse_scale

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.join import Join, Joinable, JoinHook
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook, _JoinConfig
 
 from ddp_streammon import keys, noise
 from ddp_streammon.collective import Collective
@@ -158,11 +158,12 @@ class StreamMonitor(Joinable):
         along: a float is averaged over samples, a count (int) or a `Total` added up, a pair is (sum, weight).
         Names are fixed at the first call; one that a rank leaves out then counts for nothing in that step.
 
-        Returns the figures of this step (keys.step_keys), empty on steps that `every` leaves out. They enter
+        Returns the figures of this step (stats.step_keys), empty on steps that `every` leaves out. They enter
         `history` at call n + `delay`.
 
         Comm: one all_reduce(SUM) on a monitored step; at the first call also an all_gather_object of the names.
-        Sync: none on CUDA with NCCL; reading the result waits.
+        Sync: none but for the sum of call n - `delay`, so that the host runs at most so many steps ahead; reading the
+        result waits.
         """
         Join.notify_join_context(self)
         if epoch is not None:
@@ -265,7 +266,7 @@ class StreamMonitor(Joinable):
         Biases are left out; see `weights.weight_figures` for what each mean is over.
         Comm: one all_reduce(SUM). Sync: none until a figure is read.
         """
-        return weight_figures(self.streams, self._meter.shares, self._collective, self._meter.device)
+        return weight_figures(self.streams, self._meter.weight_shares, self._collective, self._meter.device)
 
     def compute_stream_activations(self, *inputs: Any) -> Figures:
         """Mean and standard deviation of the outputs of each stream's stages for `inputs` (one a stream).
@@ -383,7 +384,8 @@ class StreamMonitor(Joinable):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`, with any number of ranks."""
         self.flush()
-        self._steps.calls, self.epoch = state["calls"], state["epoch"]
+        self._steps.go_on_from(state["calls"])
+        self.epoch = state["epoch"]
         self._meter.trust(state["replicas"])
         self.history.load_state_dict(state["history"])
         self._standing = [Finding.from_dict(finding) for finding in state["standing"]]
@@ -508,6 +510,8 @@ class _Shadow(JoinHook):
     def post_hook(self, is_last_joiner: bool) -> None:
         """All ranks are done: what is under way arrives on all of them, before a rank knows of another epoch."""
         self._monitor.flush()
+        # Join leaves its mark on a Joinable for ever (torch/distributed/algorithms/join.py); the next steps are whole.
+        self._monitor._join_config = _JoinConfig.construct_disabled_join_config()  # type: ignore[no-untyped-call]
 
 
 def watch(

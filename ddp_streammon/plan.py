@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,7 @@ class Measurement:
     def figures(self) -> Figures:
         """The same under their keys; waits when read."""
         names = stats.update_keys(self.plan.streams) if self.updates else ()
-        return Figures((*self.plan.names, *names), lambda: self.read().values())
+        return Figures((*self.plan.names, *names), lambda: dict.fromkeys(names, math.nan) | self.read().values())
 
 
 def _add_linear(sums: dict[str, Any], table: Tensor) -> None:

@@ -169,6 +169,10 @@ class Clock:
             self._step += now - last
             self._busy += max(self._forward_ended - last, 0.0)
 
+    def pause(self) -> None:
+        """What passes until the next lap is no step's."""
+        self._last = None
+
     def take(self) -> tuple[float, float]:
         """(seconds of the laps since it was last taken, of each of them until its last forward ended); nan for none."""
         step, busy = self._step, self._busy
@@ -187,6 +191,8 @@ class _ForwardEnded:
         self._clock = weakref.ref(clock)
 
     def __call__(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():  # nn.Module.compile traces hooks, and cannot trace a clock
+            return
         if (clock := self._clock()) is not None:
             clock._forward_ended = time.perf_counter()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -179,7 +179,8 @@ def _grouped(streams: StreamSet) -> list[tuple[tuple[_Kind, _Part], list[nn.Para
     groups: dict[tuple[int, _Part], list[NamedParameter]] = {}
     for number, stream in enumerate(streams.streams):
         for item in stream.parameters:
-            groups.setdefault((number, _part(item.parameter)), []).append(item)
+            if _held(item.parameter):
+                groups.setdefault((number, _part(item.parameter)), []).append(item)
     result = []
     for (number, part), items in groups.items():
         words = "\n".join(f"{item.name} {tuple(item.parameter.shape)}" for item in items)
@@ -189,12 +190,26 @@ def _grouped(streams: StreamSet) -> list[tuple[tuple[_Kind, _Part], list[nn.Para
     return result
 
 
+def _layout(parameter: nn.Parameter) -> Any:
+    """What says how a parameter is laid out, with `placements` and `mesh`; None for a plain one.
+
+    DDP over tensor parallelism trains plain tensors that carry it: torch/distributed/tensor/parallel/ddp.py.
+    """
+    return parameter._spec if isinstance(parameter, DTensor) else getattr(parameter, "_st_info", None)
+
+
+def _held(parameter: nn.Parameter) -> bool:
+    """Whether this rank is in the parameter's mesh."""
+    layout = _layout(parameter)
+    return layout is None or layout.mesh.get_coordinate() is not None
+
+
 def _part(parameter: nn.Parameter) -> _Part:
-    if not isinstance(parameter, DTensor):
+    layout = _layout(parameter)
+    if layout is None:
         return ()
-    mesh = parameter.device_mesh
-    coordinate = mesh.get_coordinate() or ()
-    cuts = zip(parameter.placements, mesh.shape, coordinate, strict=True)
+    coordinate = layout.mesh.get_coordinate()
+    cuts = zip(layout.placements, layout.mesh.shape, coordinate, strict=True)
     return tuple((str(placement), parts, index) for placement, parts, index in cuts if not placement.is_replicate())
 
 
@@ -208,8 +223,8 @@ def model_peers(streams: StreamSet, model: nn.Module) -> tuple[int, ...] | None:
     widest: tuple[int, ...] | None = None
     for stream in streams.streams:
         for item in stream.parameters:
-            if isinstance(item.parameter, DTensor):
-                peers = _along_model(item.parameter.device_mesh, sharded)
+            if (layout := _layout(item.parameter)) is not None:
+                peers = _along_model(layout.mesh, sharded)
                 if len(peers) > len(widest or (0,)):
                     widest = peers
     return widest

@@ -87,6 +87,8 @@ class StepStats:
     """What the ranks that were heard say of themselves."""
     local: tuple[LocalNorms, ...] = ()
     """The ranks' own gradients, of those that were heard, where they are measured."""
+    unplanned: bool = False
+    """Whether a rank had gradients to be summed first that the packet has no cells for: they were left out."""
     replicas: tuple[Replicas, ...] = ()
     """Of the steps that compare replicas: the families that several ranks hold."""
 
@@ -153,13 +155,13 @@ def step_layout(
     families: int = 0,
     of_step: bool = True,
 ) -> Layout:
-    """The packet of a monitored step: 6 S + 4 U + 3 plain cells and 3 S + 6 slots a rank.
+    """The packet of a monitored step: 6 S + 4 U + 4 plain cells and 3 S + 6 slots a rank.
 
     `linear` cells, and those of the `updates` and of `local` gradients, where there are any; a packet with checksums of
     `families` has the slots of all ranks at once, and so has one that is not `of_step`, which holds no facts.
     """
     fields = [
-        Field(STATE, (3,)),
+        Field(STATE, (4,)),
         Field(MOMENTS, (len(streams), ABS_MAX)),
         Field(SCALARS, (len(scalars), 4)),
         Field(MAXIMA, (len(streams),), per_rank=True),
@@ -202,7 +204,7 @@ def step_stats(
     whose checksums it holds. Where ranks are missing (`Join`) those that are left have read in full, for 1 / world
     size each: the moments are their mean.
     """
-    alive, scaled, epochs = sums[STATE]
+    alive, scaled, epochs, unplanned = sums[STATE]
     missing = world_size / max(alive, 1.0)
     table = [[cell * missing for cell in row] for row in sums[MOMENTS]]
     maxima = [max(ranks) for ranks in sums[MAXIMA]]
@@ -236,6 +238,7 @@ def step_stats(
         ranks=round(alive),
         nonfinite_ranks=tuple(rank for rank, bad in zip(heard, sums[BAD], strict=True) if bad),
         scaled=scaled > 0,
+        unplanned=unplanned > 0,
         rank_facts=tuple(facts for facts in said if facts is not None),
         local=tuple(
             LocalNorms.of_cells(facts.rank, cells)

@@ -38,11 +38,12 @@ class Steps:
         self._collective = collective
         self._config = config
         self._plan: Plan | None = None
+        self._last: Plan | None = None
         self._gradient_plan = meter.plan({}, of_step=False)
         self._audited = False
         self._pending: deque[Measurement] = deque()
         self._fresh: Measurement | None = None
-        self._unproved: Measurement | None = None
+        self._to_act_on: deque[Measurement] = deque()
 
     def take(
         self,
@@ -78,12 +79,21 @@ class Steps:
         self._meter.look_at_next(self.calls % self._config.every == 0)
         return figures
 
+    def go_on_from(self, calls: int) -> None:
+        """Count on from another number of calls; weights may have been loaded, so replicas are compared anew."""
+        self.calls = calls
+        self._audited = False
+        self._fresh = None
+        self._meter.look_at_next(calls % self._config.every == 0)
+
     def shadow(self) -> None:
         """What a call of a rank without data looks like to the others: the same collectives, nothing in them."""
         plan = self._up_to_date({})
         self.calls += 1
         if self._is_measured():
             self._pending.append(self._meter.shadow(plan, self.calls, turn=self._turn, audit=self._is_audit()))
+        self._meter.look_at_next(self.calls % self._config.every == 0)
+        self._meter.pause()
 
     def gradients(self, scaler: torch.amp.GradScaler | None = None) -> Measurement:
         """The gradients now, apart from the cadence. Comm: one all_reduce(SUM). Sync: none."""
@@ -109,9 +119,12 @@ class Steps:
         """
         while self._pending and self._pending[0].call + self._config.delay <= self.calls:
             yield self._next()
-        if self._unproved is not None and self._unproved.call + self._config.delay <= self.calls:
-            self._meter.prove(self._unproved.read())
-            self._unproved = None
+        while self._to_act_on and self._to_act_on[0].call + self._config.delay <= self.calls:
+            measured = self._to_act_on.popleft()
+            if measured.audit:
+                self._meter.prove(measured.read())
+            if measured.read().unplanned:
+                self._plan = None
 
     def rest(self) -> Iterator[Measurement]:
         """Everything that is under way."""
@@ -132,14 +145,13 @@ class Steps:
 
     def _next(self) -> Measurement:
         measured = self._pending.popleft()
-        if measured.audit:
-            self._unproved = measured
+        self._to_act_on.append(measured)
         return measured
 
     def _up_to_date(self, numbers: Mapping[str, ScalarLike | None]) -> Plan:
         """The plan; agreed at the first call, and where a gradient turns up that has to be summed first."""
-        if self._plan is None or set(self._meter.summed_later()) - set(self._plan.tensors):
-            self._plan = self._agree(numbers)
+        if self._plan is None:
+            self._plan = self._last = self._agree(numbers)
         return self._plan
 
     def _agree(self, numbers: Mapping[str, ScalarLike | None]) -> Plan:
@@ -147,9 +159,9 @@ class Steps:
         own = {name: value is not None and stats.is_total(value) for name, value in numbers.items()}
         sent = {name for name, value in numbers.items() if value is not None}
         declared = {name for name in numbers if name not in ("loss", "samples")} | sent
-        if self._plan is not None:
-            own |= self._plan.scalars
-            declared |= set(self._plan.scalars)
+        if self._last is not None:
+            own |= self._last.scalars
+            declared |= set(self._last.scalars)
         identity = (self._streams.names, self._config, self.calls)
         mine = {name: own[name] for name in sorted(declared)}
         everyone = self._collective.gather((identity, mine, self._meter.summed_later()))

@@ -72,7 +72,7 @@ def weight_figures(
 
 
 def _cells(tensors: Sequence[_Tensor], table: Tensor) -> Tensor:
-    """[P, 6] moments of what this rank read of each tensor -> [P, 6] cells that add up over tensors and ranks."""
+    """[P, 7] moments of what this rank read of each tensor -> [P, 6] cells that add up over tensors and ranks."""
     counts: dict[int, int] = {}
     for tensor in tensors:
         counts[tensor.stream] = counts.get(tensor.stream, 0) + 1

@@ -20,9 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("model=multi_mlp", "model.hidden=[32,16]", "trainer.epochs=2")
 
 
+def inherited() -> dict[str, str]:
+    """The environment without the W&B service that this process may have started for itself."""
+    return {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+
+
 def start(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command in `folder` with the checkout importable, and wait for it."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    variables = {**inherited(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
         [sys.executable, *command], cwd=folder, env=variables, capture_output=True, text=True, timeout=200, check=False
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.test_app import ROOT, start
+from tests.test_app import ROOT, inherited, start
 
 
 def test_the_demo_trains_and_says_where_to_look(tmp_path: Path) -> None:
@@ -16,7 +15,7 @@ def test_the_demo_trains_and_says_where_to_look(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", str(ROOT / "launch" / "demo.sh"), *overrides],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**inherited(), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=200,

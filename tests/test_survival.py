@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from tests.faults import SMALL, Broken
 from tests.networks import STREAMS, batch, loss_of, network, part
 from tests.ranks import run_ranks
 from tests.read_wandb import read_run
-from tests.test_app import ROOT, start
+from tests.test_app import ROOT, inherited, start
 
 NO_WANDB = "sinks.wandb.enabled=false"
 
@@ -329,7 +328,7 @@ def test_a_job_that_is_asked_to_go_keeps_its_records(tmp_path: Path) -> None:
     job = subprocess.Popen(
         [sys.executable, *launcher, "-m", "ddp_streammon.train", *overrides],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "STREAMMON_RUN": "asked"},
+        env={**inherited(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "STREAMMON_RUN": "asked"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -381,7 +380,7 @@ def test_a_loop_of_ones_own_that_is_killed_keeps_its_records(number: signal.Sign
     loop = subprocess.Popen(
         [sys.executable, "-c", OWN_LOOP],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**inherited(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
     )

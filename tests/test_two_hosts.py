@@ -15,7 +15,7 @@ import pytest
 from ddp_streammon.sinks import read_jsonl
 from tests.faults import SMALL
 from tests.ranks import run_ranks
-from tests.test_app import ROOT
+from tests.test_app import ROOT, inherited
 from tests.test_survival import findings_of, target, wait_for
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ class Job:
         return subprocess.Popen(
             [*SCRIPT, "on", hosts, str(side), *launcher, *overrides],
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "STREAMMON_RUN": "two"},
+            env={**inherited(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "STREAMMON_RUN": "two"},
             stdout=self.logs[side - 1].open("w"),
             stderr=subprocess.STDOUT,
             text=True,

@@ -52,22 +52,31 @@ def run(config: AppConfig, data: StreamData, model: nn.Module, run_dir: Path, se
     it as an exception would: records are brought to disk, and the process exits with code 143.
     """
     with sigterm_unwinds(), process_group(config.trainer) as device:
-        training = build(config, data, model, run_dir, settings, device)
-        exit_code = 1
-        try:
-            _train(training)
-            if data.test is not None:
-                training.figures |= evaluated(training, "test", data.test)
-            exit_code = 0
-        finally:
-            if training.monitor is not None:
-                training.monitor.close(exit_code)
-        monitor = training.monitor
-        return Result(
-            training.figures,
-            tuple(monitor.get_recommendations()) if monitor else (),
-            _records(training),
-        )
+        return _run(config, data, model, run_dir, settings, device)
+
+
+def _run(
+    config: AppConfig,
+    data: StreamData,
+    model: nn.Module,
+    run_dir: Path,
+    settings: Mapping[str, Any],
+    device: torch.device,
+) -> Result:
+    """`run` within its process group. What is wrapped around the model is gone when it returns: the last reference to
+    a gloo group must not be DDP's, which drops it with the GIL held while the group's own threads may wait for that."""
+    training = build(config, data, model, run_dir, settings, device)
+    exit_code = 1
+    try:
+        _train(training)
+        if data.test is not None:
+            training.figures |= evaluated(training, "test", data.test)
+        exit_code = 0
+    finally:
+        if training.monitor is not None:
+            training.monitor.close(exit_code)
+    monitor = training.monitor
+    return Result(training.figures, tuple(monitor.get_recommendations()) if monitor else (), _records(training))
 
 
 def _records(training: Training) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import secrets
 import signal
@@ -64,6 +65,7 @@ def process_group(config: TrainerSection) -> Iterator[torch.device]:
     try:
         yield device
     finally:
+        gc.collect()  # what else refers to the group, see loop._run
         dist.destroy_process_group()
 
 
