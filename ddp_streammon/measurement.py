@@ -61,21 +61,24 @@ class GradientMeter:
         refuse_unsupported(model)
         self._rank = collective.topology.rank
         peers = peers or collective.places(model_peers(streams, model) or ()) or (self._rank,)
-        described = collective.gather((holdings(streams), tuple(peers)))
-        collective.share_data([seen for _, seen in described])
+        self._parameters = {item.name: item.parameter for stream in streams.streams for item in stream.parameters}
+        self._has_dtensors = any(isinstance(parameter, DTensor) for parameter in self._parameters.values())
+        described = collective.gather((holdings(streams), tuple(peers), self._has_dtensors))
+        collective.share_data([seen for _, seen, _ in described])
+        self.shards_parameters = any(sharded for *_, sharded in described)
+        """Whether any rank holds DTensors."""
         self.device = next(streams.model.parameters()).device
         self._streams = streams
         self._collective = collective
         self._optimizers = tuple(optimizers)
         self._model = model
-        self._families = families(streams, [held for held, _ in described], self._rank)
+        self._families = families(streams, [held for held, *_ in described], self._rank)
         self._copies = {
             id(parameter): len(family.peers(self._rank)) for family in self._families for parameter in family.parameters
         }
-        self._parameters = {item.name: item.parameter for stream in streams.streams for item in stream.parameters}
-        self._has_dtensors = any(isinstance(parameter, DTensor) for parameter in self._parameters.values())
         self._groups = _groups_of(streams, self._optimizers)
-        self._tensors: tuple[Linear, ...] = ()
+        self.agreed: tuple[Linear, ...] = ()
+        """The gradients that are squared after the sum; the same on every rank."""
         self._proved = [False] * len(self._families)
         self._clock = Clock(model)
         self._local = LocalGradients(streams, model, self.device) if local_gradients else None
@@ -84,7 +87,7 @@ class GradientMeter:
         self._updates = Updates(self.weight_shares, len(streams.streams), self.device, update_every)
 
     def _make_readers(self) -> None:
-        held = self._squared = _without(self._families, {tensor.name for tensor in self._tensors}, self._parameters)
+        held = self._squared = _without(self._families, {tensor.name for tensor in self.agreed}, self._parameters)
         number = len(self._streams.streams)
         self.shares: tuple[Share, ...] = shares(held, self._rank, self._proved)
         self.weight_shares = shares(self._families, self._rank, self._proved)
@@ -95,17 +98,17 @@ class GradientMeter:
     def summed_later(self) -> tuple[Linear, ...]:
         """The parameters of this rank that have gradients still to be summed, now or earlier."""
         if not self._has_dtensors:
-            return self._tensors
-        return tuple(sorted({*self._tensors, *linear.find(self._streams)}))
+            return self.agreed
+        return tuple(sorted({*self.agreed, *linear.find(self._streams)}))
 
     def plan(self, scalars: Mapping[str, bool], tensors: tuple[Linear, ...] = (), *, of_step: bool = True) -> Plan:
         """The plan of a packet that carries these numbers of the user's, and these tensors' gradients as they are.
 
         `of_step`: whether it is a step's, or the gradients' alone.
         """
-        if tensors != self._tensors:
+        if tensors != self.agreed:
             linear.check_size(tensors)
-            self._tensors = tensors
+            self.agreed = tensors
             self._make_readers()
         size = self._collective.topology.world_size
         return Plan.of(

@@ -40,6 +40,7 @@ class Steps:
         self._plan: Plan | None = None
         self._last: Plan | None = None
         self._gradient_plan = meter.plan({}, of_step=False)
+        self._asked = False
         self._audited = False
         self._pending: deque[Measurement] = deque()
         self._fresh: Measurement | None = None
@@ -96,10 +97,15 @@ class Steps:
         self._meter.pause()
 
     def gradients(self, scaler: torch.amp.GradScaler | None = None) -> Measurement:
-        """The gradients now, apart from the cadence. Comm: one all_reduce(SUM). Sync: none."""
-        tensors = self._meter.summed_later()
+        """The gradients now, apart from the cadence.
+
+        Comm: one all_reduce(SUM); the first time, where any rank holds DTensors, also an all_gather_object. Sync: none.
+        """
+        tensors = self._meter.agreed
+        if self._meter.shards_parameters and not self._asked:
+            self._asked = True
+            tensors = _union(self._collective.gather(self._meter.summed_later()))
         if set(tensors) - set(self._gradient_plan.tensors):
-            tensors = _union(self._collective.gather(tensors))
             self._gradient_plan = self._meter.plan({}, tensors, of_step=False)
         return self._meter.measure(self._gradient_plan, self.calls, {}, None, scaler, epoch=None)
 

@@ -123,6 +123,11 @@ def _fsdp2_of_tensor_parallel(model: Three, parallel: Callable[[Three, DeviceMes
     return fully_shard(parallel(model, mesh["tp"]), mesh=mesh["dp"])
 
 
+def _ddp_of_tensor_parallel(model: Three) -> nn.Module:
+    mesh = _mesh(2, 2, names=("dp", "tp"))
+    return DistributedDataParallel(_tensor_parallel(model, mesh["tp"]), device_mesh=mesh["dp"])
+
+
 def _fsdp2_by_module(model: Three) -> nn.Module:
     for module in (model.rgb, model.depth):
         fully_shard(module, mesh=_mesh(WORLD))
@@ -138,6 +143,7 @@ LAYOUTS: dict[str, Callable[[Three], nn.Module]] = {
     "hsdp": lambda model: fully_shard(model, mesh=_mesh(2, 2, names=("replicate", "shard"))),
     "tensor parallel": lambda model: _tensor_parallel(model, _mesh(WORLD, names=("tp",))),
     "sequence parallel": lambda model: _sequence_parallel(model, _mesh(WORLD, names=("tp",))),
+    "ddp x tensor parallel": _ddp_of_tensor_parallel,
     "fsdp2 x tensor parallel": lambda model: _fsdp2_of_tensor_parallel(model, _tensor_parallel),
     "fsdp2 x sequence parallel": lambda model: _fsdp2_of_tensor_parallel(model, _sequence_parallel),
     "mixed by stream": _mixed,
@@ -189,6 +195,8 @@ def _whole(parameter: nn.Parameter) -> list[Tensor]:
     gradient = parameter.grad
     if gradient is None:
         return []
+    if (info := getattr(parameter, "_st_info", None)) is not None:  # DDP over tensor parallel trains local tensors
+        gradient = DTensor.from_local(gradient, info.mesh, info.placements, shape=info.shape, stride=info.stride)
     if isinstance(gradient, DTensor):
         return [gradient.double().full_tensor()]
     every = [torch.empty_like(gradient) for _ in range(WORLD)]
@@ -220,10 +228,10 @@ def stream_of(name: str) -> str:
     return top if top in STREAMS else "shared"
 
 
-def gradients(model: nn.Module) -> dict[str, list[list[Tensor]]]:
+def gradients(parameters: dict[str, nn.Parameter]) -> dict[str, list[list[Tensor]]]:
     """Each stream's gradients as wholes."""
     found: dict[str, list[list[Tensor]]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         found.setdefault(stream_of(name), []).append(_whole(parameter))
     return found
 
@@ -245,22 +253,24 @@ def measure(layout: str, precision: str, accumulate: bool) -> dict[str, Any]:
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     dtype = PRECISIONS[precision]
     model = LAYOUTS[layout](network(dtype))
+    parameters = dict(model.named_parameters())  # DDP over tensor parallel hides them after the first forward
     monitor = StreamMonitor(model, streams=STREAMS)
     topology = monitor._collective.topology
     x, y = (tensor[topology.data_rank :: topology.data_size] for tensor in batch(dtype))
     counts, answers = [], []
     definitions = []
     for _ in range(4):  # the first two are read in full, then replicas are known to be equal
-        model.zero_grad()
+        for parameter in parameters.values():
+            parameter.grad = None
         loss = _backward(model, x, y, accumulate=accumulate)
         with Collectives() as collectives:
             figures = monitor.step(loss=loss, samples=len(x))
         counts.append(collectives.count)
         answers.append(figures.to_dict())
-        definitions.append(_reference(gradients(model)))
+        definitions.append(_reference(gradients(parameters)))
     expected = definitions[-1]
     norms = monitor.clip_grad_norm_(0.5 * math.hypot(*(expected[f"{s}_grad_norm"] for s in (*STREAMS, "shared"))))
-    clipped = _reference(gradients(model))
+    clipped = _reference(gradients(parameters))
     return {
         "first": answers[0],
         "last": answers[-1],

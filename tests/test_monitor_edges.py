@@ -1,0 +1,184 @@
+"""Ranks that do different things, or the same thing later: they stay in step, and figures stay right."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ddp_streammon import MonitorConfig, StreamMonitor
+from tests import layouts
+from tests.networks import STREAMS, batch, loss_of, network, part
+from tests.ranks import run_ranks
+
+
+def test_a_stream_of_zero_weights_has_no_update_ratio_and_breaks_nothing() -> None:
+    model = nn.ModuleDict({"gate": nn.Linear(2, 2), "body": nn.Linear(2, 2)})
+    nn.init.zeros_(model["gate"].weight)
+    nn.init.zeros_(model["gate"].bias)
+    monitor = StreamMonitor(model, streams={"gate": "gate", "body": "body"}, config=MonitorConfig(update_every=1))
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        figures = monitor.step().to_dict()
+    assert math.isnan(figures["gate_update_ratio"])
+    assert figures["body_update_norm"] == 0
+
+
+def test_optimizers_of_which_some_are_unscaled_are_refused() -> None:
+    model = network()
+    optimizers = [torch.optim.SGD(model.rgb.parameters(), 0.1), torch.optim.SGD(model.depth.parameters(), 0.1)]
+    scaler = torch.amp.GradScaler("cpu")
+    monitor = StreamMonitor(model, optimizers, STREAMS)
+    scaler.scale(loss_of(model, batch())).backward()
+    scaler.unscale_(optimizers[0])
+    with pytest.raises(ValueError, match=r"some optimizers are unscaled and those of others are not: call scaler\.un"):
+        monitor.step(scaler=scaler)
+
+
+def test_a_model_compiled_as_one_graph_can_be_watched() -> None:
+    model = network()
+    model.compile(backend="eager", fullgraph=True)
+    monitor = StreamMonitor(model, streams=STREAMS)
+    loss_of(model, batch()).backward()
+    assert monitor.step()["rgb_grad_norm"] > 0
+
+
+def _one_rank_asks_early() -> list[tuple[list[bool], str]]:
+    rank = dist.get_rank()
+    found = []
+    for asking in range(2, 6):
+        model = DistributedDataParallel(network())
+        monitor = StreamMonitor(model, streams=STREAMS, config=MonitorConfig(delay=2, audit_every=1))
+        proved = []
+        for call in range(1, 7):
+            model.zero_grad()
+            loss_of(model, part(batch(), rank, 2)).backward()
+            monitor.step()
+            if rank == 0 and call == asking:
+                monitor.flush()
+            proved.append(all(monitor._meter._proved))
+        monitor.flush()
+        found.append((proved, repr(monitor.history.state_dict())))
+    return found
+
+
+def test_a_rank_that_asks_early_shares_out_when_the_others_do() -> None:
+    first, second = run_ranks(2, _one_rank_asks_early)
+    assert first == second
+    assert all(proved == [False, False, True, True, True, True] for proved, _ in first)
+
+
+def _after_join() -> tuple[bool, float, list[str]]:
+    rank = dist.get_rank()
+    model = DistributedDataParallel(network())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = StreamMonitor(model, optimizer, STREAMS, config=MonitorConfig(update_every=1, local_gradients=True))
+
+    def train(steps: int, seed: int) -> None:
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss_of(model, part(batch(seed=seed + step), rank, 2)).backward()
+            monitor.step()
+            optimizer.step()
+
+    with Join([model, monitor]):
+        train(2 + 2 * rank, 0)
+    train(3, 10)
+    monitor.flush()
+    read = sum(piece.stop - piece.start for share in monitor._meter.shares for piece in share.pieces)
+    return monitor._join_config.enable, read, sorted(key for key in monitor.history if key.endswith("update_ratio"))
+
+
+def test_after_join_steps_are_shared_out_and_updates_seen_again() -> None:
+    answers = run_ranks(2, _after_join)
+    total = sum(parameter.numel() for parameter in network().parameters())
+    assert sum(read for _, read, _ in answers) == total
+    for enabled, _, keys in answers:
+        assert not enabled
+        assert keys == ["depth_update_ratio", "rgb_update_ratio", "shared_update_ratio"]
+
+
+class Late(nn.Module):
+    """A sequence parallel block that data-parallel rank 1 uses from the first step on, rank 0 from the second."""
+
+    def __init__(self, model: layouts.Three) -> None:
+        super().__init__()
+        self.model, self.used = model, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.used:
+            logits: Tensor = self.model(x)
+            return logits
+        empty = torch.zeros(len(x), 16)
+        features = [empty, self.model.depth(x * x).mean(1), self.model.audio(x.abs()).mean(1)]
+        return self.model.head(torch.cat(features, dim=1))
+
+
+def _late_partial() -> list[float]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = Late(layouts._sequence_parallel(layouts.network(torch.float32), mesh["tp"]))
+    monitor = StreamMonitor(model, streams=layouts.STREAMS)
+    norms = []
+    for step in range(6):
+        model.zero_grad()
+        model.used = step > 0 or mesh.get_local_rank("dp") == 1
+        layouts.loss_of(model, *layouts.batch(torch.float32)).backward()
+        norms.append(monitor.step()["rgb_grad_norm"])
+    return norms
+
+
+def test_a_gradient_that_must_be_summed_first_may_turn_up_late_on_some_ranks() -> None:
+    ranks = run_ranks(4, _late_partial, timeout=60)
+    expected = layouts.twin(torch.float32)["rgb_grad_norm"]
+    assert all(norms == ranks[0] for norms in ranks)
+    assert ranks[0][-1] == pytest.approx(expected, rel=1e-5)
+
+
+def _reloaded() -> list[str]:
+    """After a state is loaded replicas are compared anew: a mended difference is no longer reported."""
+    rank = dist.get_rank()
+    model = DistributedDataParallel(network())
+    monitor = StreamMonitor(model, streams=STREAMS)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.module.depth[0].bias[0] += rank
+
+    def step() -> list[str]:
+        for _ in range(2):
+            model.zero_grad()
+            loss_of(model, part(batch(), rank, 2)).backward()
+            monitor.step()
+        monitor.flush()
+        return [finding.rule for finding in monitor.get_recommendations() if finding.rule == "DESYNC"]
+
+    before = step()
+    model.load_state_dict(kept)
+    monitor.load_state_dict(monitor.state_dict())
+    return [*before, "then", *step()]
+
+
+def test_a_reloaded_state_is_compared_anew() -> None:
+    assert run_ranks(2, _reloaded) == [["DESYNC", "then"]] * 2
+
+
+def _part_of_the_ranks() -> Any:
+    """Streams that live on different ranks, each sharded over its own."""
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    meshes = [init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "dp"))["dp"]]
+    fully_shard(model["a"], mesh=meshes[0])
+    monitor = StreamMonitor(model, streams={"a": "a", "b": "b"})
+    return [(family.stream, family.sets) for family in monitor._meter._families]
+
+
+def test_a_stream_sharded_within_each_stage_has_two_copies() -> None:
+    for families in run_ranks(4, _part_of_the_ranks):
+        assert families == [(0, ((0, 2), (1, 3))), (1, ((0, 1, 2, 3),))]
