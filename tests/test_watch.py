@@ -36,6 +36,7 @@ def test_it_prints_the_streams(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_active_wandb_run_is_logged_into_and_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # of an earlier test, and gone
     with wandb.init(mode="offline", dir=str(tmp_path)) as run:
         net = model()
         monitor = streammon.watch(net)
