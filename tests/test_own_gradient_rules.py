@@ -23,7 +23,7 @@ from ddp_streammon.stats import StepStats, StreamStats
 from tests.networks import STREAMS, loss_of, network
 from tests.ranks import run_ranks
 
-WORLDS = [2, 3, 4]
+WORLDS = [2, 3, pytest.param(4, marks=pytest.mark.slow)]
 NAMES = (*STREAMS, "shared")
 RULES = ("NF", "OUTLIER", "SAME")
 Batch = tuple[Tensor, Tensor, Tensor]

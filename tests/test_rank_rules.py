@@ -28,7 +28,7 @@ from ddp_streammon.stats import StepStats
 from tests.networks import STREAMS, batch, loss_of, network, part
 from tests.ranks import run_ranks
 
-WORLDS = [2, 3, 4]
+WORLDS = [2, 3, pytest.param(4, marks=pytest.mark.slow)]
 NAMES = (*STREAMS, "shared")
 Found = tuple[str, str, "str | None", "int | None", "int | None"]
 """(rule, severity, stream, rank, step)."""
