@@ -18,6 +18,7 @@ from ddp_streammon.linear import Linear
 from ddp_streammon.local_gradients import LocalGradients
 from ddp_streammon.moments import ABS_MAX, SQ_SUM, SUM, Reader, moments, reader
 from ddp_streammon.plan import Measurement, Plan
+from ddp_streammon.power import gradient_power
 from ddp_streammon.ranks import Clock, RankFacts, bit_sum
 from ddp_streammon.shards import Family, Share, families, holdings, local, model_peers, refuse_unsupported, shares
 from ddp_streammon.stats import (
@@ -31,6 +32,7 @@ from ddp_streammon.stats import (
     SCALARS,
     STATE,
     UPDATES,
+    Figures,
     ScalarLike,
     StepStats,
 )
@@ -218,6 +220,13 @@ class GradientMeter:
         number = len(self._streams.streams)
         table = moments(shares(held, self._rank, [True] * len(held)), number, _gradient, self.device)
         return clip_(self._streams, table, max_norm, per_stream=per_stream)
+
+    @torch.no_grad()
+    def power(self, scaler: torch.amp.GradScaler | None) -> Figures:
+        """See `power.gradient_power`. Comm: one all_reduce(SUM). Sync: none until a figure is read."""
+        inverse = self._inverse_scale(scaler) if scaler is not None and scaler.is_enabled() else 1.0
+        later = {tensor.name for tensor in self.summed_later()}
+        return gradient_power(self._streams, self.weight_shares, self._collective, _gradient, inverse, undefined=later)
 
     def is_scaled(self, scaler: torch.amp.GradScaler | None) -> bool:
         """Whether the gradients still carry the loss scale."""
