@@ -20,23 +20,33 @@ from ddp_streammon import keys, noise
 from ddp_streammon.collective import Collective
 from ddp_streammon.config import MonitorConfig, RuleSet
 from ddp_streammon.evaluation import (
+    ITEMS,
+    Evaluation,
     Items,
     Labelled,
+    Past,
+    Plan,
     Probe,
     ProbeStats,
+    Reduce,
+    Replacement,
+    Request,
     Score,
+    Swap,
     activation_moments,
+    affordable,
     classification,
+    each_alone,
+    evaluate,
     measure,
     overfitting_values,
     probe_streams,
-    split_values,
 )
 from ddp_streammon.history import History
 from ddp_streammon.measurement import GradientMeter
 from ddp_streammon.plan import Measurement
 from ddp_streammon.report import Outcome, Report, RunInfo, Sink, summary_text
-from ddp_streammon.rules import exact, guide, own_gradients, ranks
+from ddp_streammon.rules import evaluated, exact, guide, own_gradients, ranks
 from ddp_streammon.rules.finding import Finding, StreamSettings
 from ddp_streammon.sinks import FanOut, WandbSink, active_wandb_run
 from ddp_streammon.stats import Figures, ScalarLike, Total
@@ -111,6 +121,9 @@ class StreamMonitor(Joinable):
         self._hooks = [o.register_step_post_hook(lambda *_: self._steps.gradients_are_used()) for o in self._optimizers]
         self._steps = Steps(self.streams, self._meter, self._collective, self.config)
         self._standing: list[Finding] = []
+        self._claimed: dict[str, list[Finding]] = {}
+        self._past: dict[str, Past] = {}
+        self._pace_of_trials = 0.0
         self._findings: dict[str, Finding] = {}
         self._closed = False
         self._sink = FanOut(sinks if self._collective.topology.rank == 0 else ())
@@ -217,22 +230,49 @@ class StreamMonitor(Joinable):
         split: str = "val",
         sharded: bool | None = None,
         max_batches: int | None = None,
-    ) -> Figures:
-        """Evaluate the whole model and each stream alone over a sharded set of items, and remember the figures.
+        train: Items | Iterable[Any] | None = None,
+        swap: Swap | None = None,
+        reduce: Mapping[str, Reduce] | None = None,
+        limit: int | None = ITEMS,
+        seconds: float | None = None,
+    ) -> Evaluation:
+        """Evaluate the whole model over a sharded set of items, and what its head uses of each stream.
 
-        `items`: a DataLoader (re-made over this rank's stride), or any iterable of batches with `sharded` (see
-        `evaluation.Items`). `score(model, batch)` gives per-item figures (`evaluation.Score`), by default the loss
-        and accuracy of a classifier. Keys: `full_val_loss`, `<stream>_val_loss` (the other streams' features
-        zero), from three streams on `<stream>_without_val_loss`; and so for each figure of the score.
+        `items`: a DataLoader (re-made over this rank's batches), or any iterable of batches with `sharded` (see
+        `evaluation.Items`). `score(model, batch)` gives figures of each item (`evaluation.Score`), by default the loss
+        and correctness of a classifier. `full_val_loss` and its like are over all items. Of the first `limit` of a
+        fixed choice each stream's input is exchanged with another item's: `<stream>_val_uses` is how much the loss
+        rises, in its own unit, by item; `_low` and `_high` bound it with 95 %, `_detectable` is what would be seen with
+        80 % power; `<stream>_val_uses_acc` is the fall of accuracy. Encoders run once where nothing but their features
+        goes on. `swap` says where a stream's input lies in a batch, for one that is not the input of its own modules.
+        `reduce` are figures of all items that are no means (mAP), from the score's `record`s, by name.
 
-        Comm: a broadcast of the buffers, an all_gather_object, one all_reduce(SUM); with sharded parameters also one
-        all_reduce a batch, and one for each replayed call. Sync: blocks.
+        `train`: training items without augmentation. With them also `<stream>_val_ablated` (features at their training
+        mean), `full_loss_gap`, `full_acc_gap` and `<stream>_alone_...` (validation against training), `<a>_to_<b>_val
+        _cover` and `<stream>_val_shapley` for few streams, and what a closed-form probe finds: `<stream>_knows`
+        beyond the majority class, `<stream>_complement`, `full_head_gap` (`evaluation.probe`).
+
+        `seconds` is what trying exchanged inputs may take: from the second evaluation on the items are as many as the
+        last one's pace allows. At evaluations 1, 2, 4, 8, ... of a split claims are made (`evaluation.claims`), which
+        stand as findings until the next ones.
+
+        Comm: a broadcast of the buffers, an all_gather_object, one all_reduce(SUM), with `train` three times and a few
+        more; with sharded parameters also one all_reduce a batch, and one for each replayed call. Sync: blocks.
+        Errors: see `evaluation.measure`; ValueError for a place in `swap` that a batch does not have.
         """
-        source = items if isinstance(items, Items) else Items(items, "items", sharded, max_batches)
-        result = measure(self.streams, self._collective, {split: source}, score or classification())
-        values = split_values(result, split)
-        self._record_epoch(values)
-        return Figures(values, lambda: values)
+        held_out = items if isinstance(items, Items) else Items(items, "items", sharded, max_batches)
+        shown = train if train is None or isinstance(train, Items) else Items(train, "train", sharded, max_batches)
+        if seconds is not None:
+            limit = affordable(limit, seconds, self._pace_of_trials)
+        request = Request(split, shown, swap or {}, reduce or {}, limit)
+        past = self._past.get(split, Past())
+        found = evaluate(self.streams, self._collective, held_out, score or classification(), request, past)
+        self._past[split] = found.past
+        self._pace_of_trials = found.seconds / max(found.tried, 1)
+        if found.look is not None:
+            self._claimed[split] = evaluated.findings(found, self.calls)
+        self._record_epoch(found)
+        return found
 
     def probe(self, probe: Probe, train: Labelled, held_out: Labelled) -> ProbeStats:
         """What each stream's features know of the target: a closed-form ridge probe, alone, without it, and of all.
@@ -259,6 +299,15 @@ class StreamMonitor(Joinable):
                 stacklevel=2,
             )
         return self._steps.gradients(scaler).figures()
+
+    def compute_gradient_power(self, scaler: torch.amp.GradScaler | None = None) -> Figures:
+        """Each stream's (and `shared`'s) `X_grad_power` now: |g| |w| summed over tensors, which does not change when a
+        layer is scaled up and the next one down, as norms and their ratios do (`power.gradient_power`).
+
+        Call it where `compute_stream_gradients` is called. Comm: one all_reduce(SUM). Sync: none until a figure is
+        read.
+        """
+        return self._meter.power(scaler)
 
     def compute_stream_weights(self) -> Figures:
         """Each stream's weights now: `X_weight_norm`, `X_weight_mean`, `X_weight_element_mean`, and their ratio.
@@ -322,7 +371,8 @@ class StreamMonitor(Joinable):
             for key, number in numbers.items()
             if number is not None
         }
-        result = measure(self.streams, self._collective, splits, score or classification(), scalars=pairs)
+        plan = Plan(each_alone(self.streams.user_names, Replacement.zero))
+        result = measure(self.streams, self._collective, splits, score or classification(), plan, scalars=pairs)
         values = overfitting_values(result, self.streams.user_names)
         return Figures(values, lambda: values)
 
@@ -344,13 +394,14 @@ class StreamMonitor(Joinable):
 
     def get_recommendations(self) -> list[Finding]:
         """What stands now, as sentences with fields (`finding.rule`, `.severity`, `.stream`, `.evidence`, `.action`):
-        the exact findings of the last measured step, then those of the rule set. Equal on every rank. Comm: none."""
+        the exact findings of the last measured step, the claims of the last look, then those of the rule set. Equal on
+        every rank. Comm: none."""
         advice: list[Finding] = []
         if self.config.rules is RuleSet.guide:
             advice = guide.recommend(
                 self.history, self.streams.user_names, self._settings(), severity=self.config.rule_severity
             )
-        return [*self._standing, *advice]
+        return [*self._standing, *(claim for claims in self._claimed.values() for claim in claims), *advice]
 
     def noise_scale(self) -> dict[str, noise.NoiseScale]:
         """Each stream's gradient noise scale in samples, over the last `noise.WINDOW` measured steps that arrived: from
@@ -379,6 +430,8 @@ class StreamMonitor(Joinable):
             "standing": [finding.to_dict() for finding in self._standing],
             "findings": {key: finding.to_dict() for key, finding in self._findings.items()},
             "replicas": self._meter.proof(),
+            "claimed": {split: [finding.to_dict() for finding in own] for split, own in self._claimed.items()},
+            "evaluations": {split: asdict(past) for split, past in self._past.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -390,6 +443,8 @@ class StreamMonitor(Joinable):
         self.history.load_state_dict(state["history"])
         self._standing = [Finding.from_dict(finding) for finding in state["standing"]]
         self._findings = {key: Finding.from_dict(finding) for key, finding in state["findings"].items()}
+        self._claimed = {split: [Finding.from_dict(one) for one in own] for split, own in state["claimed"].items()}
+        self._past = {split: Past(**past) for split, past in state["evaluations"].items()}
 
     def close(self, exit_code: int = 0) -> None:
         """Bring in what is under way, tell the sinks how it ended, and close them. A second call does nothing."""

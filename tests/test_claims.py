@@ -79,7 +79,7 @@ LOW, HIGH, UNCLEAR = figure(0.0), figure(0.2), figure(0.02)
         (Evidence(uses=LOW), {Statement.unused}),
         (Evidence(uses=HIGH), set()),
         (Evidence(uses=UNCLEAR), {Statement.cannot_tell}),
-        (Evidence(), {Statement.cannot_tell}),
+        (Evidence(), set()),  # nothing was asked of it
         (Evidence(uses=LOW, knows=HIGH, complement=HIGH), {Statement.unused, Statement.complementary}),
         (Evidence(uses=LOW, knows=HIGH, complement=LOW), {Statement.unused, Statement.redundant}),
         (Evidence(uses=HIGH, knows=HIGH, complement=LOW), {Statement.redundant}),
@@ -90,6 +90,13 @@ LOW, HIGH, UNCLEAR = figure(0.0), figure(0.2), figure(0.02)
         (Evidence(uses=HIGH, change=figure(-0.2)), {Statement.regressed}),
         (Evidence(uses=HIGH, change=figure(-0.02)), set()),
         (Evidence(uses=HIGH, change=figure(0.2)), set()),
+        (Evidence(uses=HIGH, memory=figure(0.2)), {Statement.memorised}),
+        (Evidence(uses=HIGH, memory=figure(0.02)), set()),
+        (Evidence(uses=LOW, memory=figure(-0.2)), {Statement.unused}),
+        (Evidence(rise=HIGH, gap=HIGH), {Statement.overfitting}),
+        (Evidence(rise=HIGH, gap=UNCLEAR), set()),
+        (Evidence(rise=UNCLEAR, gap=HIGH), set()),
+        (Evidence(rise=HIGH), set()),
     ],
 )
 def test_statements_of_a_stream(own: Evidence, expected: set[Statement]) -> None:
@@ -134,9 +141,50 @@ def test_the_best_of_many_evaluations_has_to_be_paid_for() -> None:
     own = Evidence(uses=HIGH, change=change)
     assert said(own) == {Statement.regressed}
     assert said(replace(own, choices=4)) == set()
-    assert said(Evidence(change=change, choices=4)) == {Statement.cannot_tell}
+    assert said(Evidence(knows=UNCLEAR, change=change, choices=4)) == {Statement.cannot_tell}
+    rise = figure(0.02 + 0.001 * t_quantile(0.99, 511))
+    assert said(Evidence(rise=rise, gap=HIGH)) == {Statement.overfitting}
+    assert said(Evidence(rise=rise, gap=HIGH, choices=4)) == set()
     with pytest.raises(ValueError, match="choices must be at least 1, got 0"):
         Evidence(choices=0)
+
+
+def test_what_was_said_stands_while_it_is_likely() -> None:
+    """A p value of 0.01 is not news at look 3 (level 0.0034); 0.04 lets what was said stand, and 0.06 does not."""
+    for p, still in ((0.01, True), (0.04, True), (0.06, False)):
+        own = {"rgb": Evidence(uses=figure(0.02 - 0.001 * t_quantile(1 - p, 511)))}
+        assert [claim.statement for claim in claims(3, own)] == [Statement.cannot_tell]
+        (claim,) = claims(3, own, [("rgb", "unused"), ("depth", "unused")])
+        assert (claim.statement is Statement.unused) is still
+        if still:
+            assert (claim.p, claim.level) == (pytest.approx(p, rel=1e-6), 0.05)
+            assert claim.bounds == {"uses": own["rgb"].uses.estimate.upper(0.05)}  # type: ignore[union-attr]
+    (news,) = claims(3, {"rgb": Evidence(uses=LOW)}, [("rgb", "unused")])
+    assert news.level == level_of(3)  # said once, at the level that it holds at
+
+
+def test_bounds_of_what_is_said_of_memory_and_of_the_whole_model() -> None:
+    memorised, overfitting = claims(
+        1,
+        {"rgb": Evidence(uses=HIGH, memory=figure(0.2)), "full": Evidence(rise=HIGH, gap=figure(0.1), choices=3)},
+    )
+    assert memorised.bounds == {"memory": figure(0.2).estimate.lower(memorised.level)}
+    level = overfitting.level
+    assert overfitting.bounds == {
+        "rise": HIGH.estimate.lower(level / 3),
+        "gap": figure(0.1).estimate.lower(level),
+    }
+    assert min(overfitting.bounds.values()) > 0.02
+
+
+def test_another_view_that_is_above_two_percent_forbids_to_call_a_figure_small() -> None:
+    seen, unseen = estimate(0.03, 0.004), estimate(0.03, 0.01)
+    assert said(Evidence(knows=replace(LOW, view=unseen))) == {Statement.knows_nothing}
+    assert said(Evidence(knows=replace(LOW, view=seen))) == {Statement.cannot_tell}
+    redundant = Evidence(uses=HIGH, knows=HIGH, complement=LOW)
+    assert said(redundant) == {Statement.redundant}
+    assert said(replace(redundant, complement=replace(LOW, view=seen))) == set()
+    assert said(replace(redundant, complement=replace(HIGH, view=unseen))) == {Statement.complementary}
 
 
 def test_cannot_tell_gives_the_smallest_detectable_effect() -> None:

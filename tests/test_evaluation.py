@@ -30,7 +30,7 @@ from torch.utils.data import (
 
 from ddp_streammon import EvalStats, Items, StreamMonitor, StreamSet, classification
 from ddp_streammon.collective import Collective
-from ddp_streammon.evaluation import activation_moments, measure
+from ddp_streammon.evaluation import Plan, Replacement, activation_moments, each_alone, measure
 from ddp_streammon.train.models import MultiStreamModel, multi_mlp
 from tests.ranks import run_ranks
 
@@ -61,14 +61,16 @@ def first(count: int) -> TensorDataset:
 def evaluate(net: nn.Module, *items: Items, score: Any = None) -> EvalStats:
     splits = {str(number): each for number, each in enumerate(items)}
     named = {"rgb": "rgb", "depth": "depth"} if isinstance(net, TwoStreams) else None
-    return measure(StreamSet.resolve(net, named), Collective(), splits, score or classification())
+    streams = StreamSet.resolve(net, named)
+    plan = Plan(each_alone(streams.user_names, Replacement.zero))
+    return measure(streams, Collective(), splits, score or classification(), plan)
 
 
 def figures(net: nn.Module, loader: Any, **options: Any) -> dict[str, float]:
     """`{"full_loss": ..., "rgb_correct": ..., "items": ...}` of one loader."""
     result = evaluate(net, Items(loader, "loader", **options))
-    flat = {f"{variant}_{name}": value for variant, of in result.figures["0"].items() for name, value in of.items()}
-    return flat | {"items": result.items["0"]}
+    flat = {f"{variant}_{name}": value for variant, of in result.means("0").items() for name, value in of.items()}
+    return flat | {"items": len(result.tables["0"])}
 
 
 def buffers_apart(net: nn.Module, rank: int) -> dict[str, Tensor]:
@@ -255,7 +257,8 @@ def test_samplers_and_limits_choose_items_and_ranks_share_them() -> None:
     assert len(once["two batches, shuffled"]) == 6 != sum(i < 6 for i in once["two batches, shuffled"])
     assert once["seven items"] == [0, 1, 2, 3, 4, 5, 6] and len(once["six items in buckets"]) == 5
     assert once["three batches of shards"] == [0, 1, 2]
-    assert abs(sum(ranks[0]["all"].values()) - sum(ranks[1]["all"].values())) <= 1
+    assert sorted(ranks[0]["all"]) == [0, 1, 2, 3, 8, 9] and sorted(ranks[1]["all"]) == [4, 5, 6, 7]  # by batches
+    assert sorted(ranks[0]["seven items"]) == [0, 1, 2, 6] and sorted(ranks[1]["subset"]) == [4, 7]
 
 
 # Errors ------------------------------------------------------------------------------------------------------------
@@ -374,7 +377,7 @@ def test_modes_buffers_random_states_and_hooks_are_left_as_they_were(score: Any)
             with pytest.raises(ArithmeticError, match="the score failed"):
                 evaluate(net, Items(each), score=score)
         else:
-            assert evaluate(net, Items(each), score=score).items["0"] in (COUNT, 9)
+            assert len(evaluate(net, Items(each), score=score).tables["0"]) in (COUNT, 9)
         now = [torch.get_rng_state(), generator.get_state(), *buffers.values()]
         assert all(torch.equal(a, b) for a, b in zip(values, now, strict=True))
         assert all(dict(net.named_buffers())[name] is buffer for name, buffer in buffers.items())
@@ -515,13 +518,13 @@ def test_streams_that_cannot_be_replaced_are_refused_with_the_way_out() -> None:
     specs = {"a": "stream1_weight", "b": "stream2_weight"}
     streams = StreamSet.resolve(Block(), specs)
     items = {"val": Items(DataLoader(data(), 4))}
-    with pytest.raises(ValueError, match="stream 'a' has no module of its own.*give each stream a module"):
-        measure(streams, Collective(), items, classification())
+    with pytest.raises(ValueError, match="stream 'b' has no module of its own.*give each stream a module"):
+        measure(streams, Collective(), items, classification(), Plan(each_alone("ab", Replacement.zero)))
     net = TwoStreams("plain")
     net.unused = nn.Linear(2, 2)
     streams = StreamSet.resolve(net, {"rgb": "rgb", "other": "unused"})
     with pytest.raises(ValueError, match=r"stream 'other': its modules \(unused\) are not called by the model's"):
-        measure(streams, Collective(), items, classification())
+        measure(streams, Collective(), items, classification(), Plan({"other": {"other": Replacement.exchange}}))
 
 
 def evaluate_under_ddp() -> tuple[dict[str, float], int]:
@@ -561,7 +564,7 @@ class Focal(nn.Module):
 )
 def test_the_loss_is_that_of_the_criterion_over_all_items(criterion: Any) -> None:
     net = model()
-    found = evaluate(net, Items(DataLoader(data(), 4)), score=classification(criterion)).figures["0"]["full"]
+    found = evaluate(net, Items(DataLoader(data(), 4)), score=classification(criterion)).means("0")["full"]
     net.eval()
     *inputs, target = data().tensors
     assert found["loss"] == pytest.approx(criterion(net(*inputs), target).item(), **EXACT)
@@ -577,7 +580,7 @@ def regression(net: nn.Module, batch: Any) -> Mapping[str, Tensor]:
 
 
 def evaluate_regression() -> Mapping[str, Mapping[str, float]]:
-    return evaluate(model(), Items(DataLoader(data(), 4)), score=regression).figures["0"]
+    return evaluate(model(), Items(DataLoader(data(), 4)), score=regression).means("0")
 
 
 def test_a_score_without_accuracy_gives_overfitting_scores_of_the_loss_alone() -> None:
@@ -667,7 +670,8 @@ def test_analyze_pathways_is_the_monitors_evaluation_and_the_same_on_any_number_
     torch.manual_seed(0)
     net = multi_mlp({"stream1": 3, "stream2": 4}, 4, hidden=(6, 5), fusion_type="weighted").double()
     nn.init.normal_(net.fusion.logits)
-    seen = StreamMonitor(net).evaluate(DataLoader(data(), 4))
+    items = DataLoader(data(), 4)
+    seen = StreamMonitor(net).compute_stream_overfitting_indicators(None, None, None, None, items, items)
     norms = [feature.norm(dim=1) for feature in net.eval().encode(*data().tensors[:2])]
     full = seen["full_val_acc"]
     assert found["samples_analyzed"] == COUNT
@@ -703,13 +707,21 @@ def test_analyze_pathways_is_the_monitors_evaluation_and_the_same_on_any_number_
     expected["stream1_to_stream2_ratio"] = expected["stream1_mean"] / expected["stream2_mean"]
     expected["color_to_brightness_ratio"] = expected["stream1_to_stream2_ratio"]
     assert found["feature_norms"] == pytest.approx(expected, **EXACT)
+    exchanged = StreamMonitor(net).evaluate(items, train=items)
+    for figure, key in (("loss", "val_shapley"), ("accuracy", "val_shapley_acc")):
+        shares = {name: exchanged[f"{name}_{key}"] for name in ("stream1", "stream2")}
+        shares |= {"color": shares["stream1"], "brightness": shares["stream2"]}
+        assert found["shapley"][figure] == pytest.approx(shares, **EXACT)
+    assert found["shapley"]["loss"]["color"] != 0
     for ranked in run_ranks(3, pathways):
         assert flat(ranked) == pytest.approx(flat(found), **EXACT)
 
 
 def flat(analysis: Mapping[str, Any]) -> dict[str, float]:
-    named = {part: of if isinstance(of, dict) else {"": of} for part, of in analysis.items()}
-    return {f"{part}/{key}": value for part, of in named.items() for key, value in of.items()}
+    found: dict[str, float] = {}
+    for part, of in analysis.items():
+        found |= {f"{part}/{key}": value for key, value in flat(of).items()} if isinstance(of, dict) else {part: of}
+    return found
 
 
 def test_analyze_pathways_looks_at_so_many_items_and_names_three_streams_by_their_own_names() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ddp_streammon import Items, StreamMonitor, StreamSet, classification
 from ddp_streammon.collective import Collective
-from ddp_streammon.evaluation import measure
+from ddp_streammon.evaluation import Plan, Replacement, each_alone, measure
 from ddp_streammon.evaluation.harmless import undisturbed
 from ddp_streammon.train.models import MultiStreamModel, multi_mlp
 from tests.faults import Broken
@@ -31,6 +32,7 @@ from tests.ranks import run_ranks
 COUNT = 16
 TOGETHER = [layout for layout in LAYOUTS if layout not in ("ddp bucket views", "nobody synchronises")]
 CLOSE = {"rel": 1e-5, "abs": 1e-6}
+FULL = [f"full_val_{figure}{bound}" for figure in ("loss", "acc") for bound in ("", "_low", "_high")]
 
 
 def data(count: int = COUNT) -> TensorDataset:
@@ -61,12 +63,13 @@ def sets() -> dict[str, Items]:
 def figures(model: nn.Module) -> dict[str, dict[str, float]]:
     """Of each set: the figures, and how many items there were."""
     monitor = StreamMonitor(model, streams=STREAMS)
+    plan = Plan(each_alone(monitor.streams.user_names, Replacement.zero))
     found: dict[str, dict[str, float]] = {}
     for name, items in sets().items():
-        result = measure(monitor.streams, monitor._collective, {name: items}, classification())
-        of = result.figures[name]
+        result = measure(monitor.streams, monitor._collective, {name: items}, classification(), plan)
+        of = result.means(name)
         found[name] = {f"{variant}_{key}": value for variant in of for key, value in of[variant].items()}
-        found[name]["items"] = result.items[name]
+        found[name]["items"] = len(result.tables[name])
     loader = DataLoader(data(), 4)
     overfitting = monitor.compute_stream_overfitting_indicators(1.0, None, 0.5, None, loader, loader)
     found["overfitting"] = overfitting.to_dict()
@@ -124,13 +127,18 @@ def test_shards_of_ones_own_without_a_batch_are_refused_by_name() -> None:
 def _uneven_shards_of_ones_own() -> dict[str, float]:
     model = fully_shard(network(torch.float32))
     loader = DataLoader(Own([9, 1, 2, 4], dist.get_rank()), 2)
-    return StreamMonitor(model, streams=STREAMS).evaluate(loader, sharded=True).to_dict()
+    return dict(StreamMonitor(model, streams=STREAMS).evaluate(loader, sharded=True))
 
 
 def test_uneven_shards_of_ones_own_count_every_item_once() -> None:
-    expected = StreamMonitor(network(torch.float32), streams=STREAMS).evaluate(DataLoader(data(), 4)).to_dict()
+    shards = [list(DataLoader(Own([9, 1, 2, 4], rank), 2)) for rank in range(4)]
+    in_turn = [batch for turn in itertools.zip_longest(*shards) for batch in turn if batch is not None]
+    monitor = StreamMonitor(network(torch.float32), streams=STREAMS)
+    expected = dict(monitor.evaluate(in_turn, sharded=False))
+    whole = monitor.evaluate(DataLoader(data(), 4))
     for found in run_ranks(4, _uneven_shards_of_ones_own):
         assert found == pytest.approx(expected, **CLOSE)
+        assert {key: found[key] for key in FULL} == pytest.approx({key: whole[key] for key in FULL}, **CLOSE)
 
 
 # Training goes on as if nothing had happened ----------------------------------------------------------------------
@@ -189,13 +197,14 @@ def _with_own_buffers() -> tuple[dict[str, float], bool]:
     for buffer in buffers:
         buffer.add_(dist.get_rank())
     before = [buffer.clone() for buffer in buffers]
-    found = StreamMonitor(model, streams={"rgb": "rgb", "depth": "depth"}).evaluate(DataLoader(data(5), 1)).to_dict()
+    found = dict(StreamMonitor(model, streams={"rgb": "rgb", "depth": "depth"}).evaluate(DataLoader(data(5), 2)))
     return found, all(map(torch.equal, before, buffers)) and model.depth.broadcast_buffers
 
 
 def test_rank_0s_buffers_are_evaluated_and_each_rank_keeps_its_own_beside_a_nested_ddp() -> None:
     monitor = StreamMonitor(Normed(), streams={"rgb": "rgb", "depth": "depth"})
-    expected = monitor.evaluate(DataLoader(data(5), 1)).to_dict()
+    expected = dict(monitor.evaluate(DataLoader(data(5), 2)))
+    assert not any(map(math.isnan, expected.values()))
     for found, kept in run_ranks(2, _with_own_buffers):
         assert kept
         assert found == pytest.approx(expected, **CLOSE)
@@ -248,7 +257,7 @@ def _replayed(shard: bool) -> dict[str, float]:
         for layer in model.depth:
             fully_shard(layer)
     streams = {"rgb": "rgb", "depth": "depth"}
-    return StreamMonitor(model, streams=streams).evaluate(DataLoader(_dependent(), 2)).to_dict()
+    return dict(StreamMonitor(model, streams=streams).evaluate(DataLoader(_dependent(), 2)))
 
 
 def test_ranks_agree_on_what_is_replayed() -> None:
@@ -395,7 +404,8 @@ def _pathways(layout: str) -> dict[str, float]:
         for encoder in model.encoders.values():
             parallelize_module(encoder, mesh, columns)
     found = model.analyze_pathways(DataLoader(_views(), 2))
-    parts = {part: of if isinstance(of, dict) else {"": of} for part, of in found.items()}
+    shares = {f"shapley/{figure}": of for figure, of in found.pop("shapley").items()}
+    parts = {part: of if isinstance(of, dict) else {"": of} for part, of in (found | shares).items()}
     return {f"{part}/{key}": value for part, of in parts.items() for key, value in of.items()}
 
 
@@ -430,7 +440,8 @@ def _counted_twice() -> int:
     streams = StreamSet.resolve(Three(), STREAMS)
     collective = Collective()
     collective.share_data([(0, 1, 2), (0, 1, 2), (0, 1, 2), (3,)])
-    return measure(streams, collective, {"val": Items(DataLoader(data(7), 2))}, classification()).items["val"]
+    found = measure(streams, collective, {"val": Items(DataLoader(data(7), 2))}, classification(), Plan({}))
+    return len(found.tables["val"])
 
 
 def test_ranks_that_see_the_same_data_count_as_one_also_in_uneven_groups() -> None:

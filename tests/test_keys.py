@@ -93,6 +93,12 @@ def test_no_ratio_is_taken_for_a_figure_of_one_stream(streams: tuple[str, ...]) 
         ("full_model_loss_gap", "train/full_model_loss_gap"),
         ("loss", "train/loss"),
         ("val/loss", "val/loss"),
+        ("stream1_val_uses", "val_uses/stream1"),
+        ("stream10_val_uses_acc_low", "val_uses_acc/stream10_low"),
+        ("full_head_gap_high", "head_gap/full_high"),
+        ("stream1_val_uses_detectable", "val_uses/stream1_detectable"),
+        ("stream1_to_stream2_val_cover", "cover/stream1_to_stream2_val_cover"),
+        ("stream1_to_stream2_val_cover_low", "cover/stream1_to_stream2_val_cover_low"),
     ],
 )
 def test_grouped(key: str, expected: str) -> None:

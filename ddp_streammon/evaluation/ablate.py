@@ -1,18 +1,37 @@
-"""What the rest of the model makes of some streams' features alone: encoders run once and are replayed."""
+"""What the rest of the model makes of changed features of some streams: encoders run once and are replayed."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from typing import Any
+import enum
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ddp_streammon import keys
 from ddp_streammon.streams import StreamSet, unwrap, walk
+
+
+class Replacement(enum.Enum):
+    """What stands for a stream's features."""
+
+    zero = "zero"
+    """Zeros: the guide's way. A shift of the features that the next bias takes back changes what comes out."""
+    mean = "mean"
+    """Their mean over training items, element by element."""
+    exchange = "exchange"
+    """Those of another item."""
+
+
+Variant: TypeAlias = "Mapping[str, Replacement]"
+"""What is replaced, by stream; a stream that is not named keeps its features."""
+
+Means: TypeAlias = "Mapping[tuple[str, int], Sequence[Tensor | None]]"
+"""By root and number of its call: the mean of each tensor that it gives, without the dimension of the items."""
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -36,6 +55,28 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors inside `value`, in the order of `map_tensors`."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(value, note)
+    return found
+
+
+def reordered(value: Any, items: int, order: Tensor) -> Any:
+    """`value` with entry `order[i]` of every tensor of `items` entries in place of entry i."""
+    return map_tensors(
+        value,
+        lambda tensor: (
+            tensor.index_select(0, order.to(tensor.device)) if tensor.dim() and len(tensor) == items else tensor
+        ),
+    )
+
+
 def _same(a: Any, b: Any) -> bool:
     """Whether two call arguments are equal, tensors by value."""
     if a is b:
@@ -49,6 +90,15 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
 
 
+@dataclasses.dataclass
+class _Call:
+    """A call of a root while the batch went through the whole model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
 class _Encoder:
     """Stands in for a root module's `forward`: records its calls, then answers from the record."""
 
@@ -58,8 +108,9 @@ class _Encoder:
         self._own = vars(module).get("forward")
         inner = unwrap(module)
         self._original: Callable[..., Any] = module.forward if inner is module else inner
-        self._record: list[tuple[Any, Any]] = []
-        self._calls = 0
+        self.record: list[_Call] = []
+        self._number = 0
+        self._by_item: bool | None = None
         self.called = False
 
     def install(self) -> None:
@@ -72,85 +123,174 @@ class _Encoder:
             self.module.forward = self._own
 
     def rewind(self, *, forget: bool) -> None:
-        self._calls = 0
+        self._number = 0
         if forget:
-            self._record.clear()
+            self.record.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.called = True
-        kept = self._features.kept
-        if kept is None:
+        features = self._features
+        if features.variant is None:
             output = self._original(*args, **kwargs)
             # Cloned: the rest of the model may write into it.
-            self._record.append(((args, kwargs), map_tensors(output, Tensor.clone)))
+            self.record.append(_Call(args, kwargs, map_tensors(output, Tensor.clone)))
             return output
-        number, self._calls = self._calls, self._calls + 1
-        recorded = self._record[number] if number < len(self._record) else None
-        if self.stream not in kept:
-            features = self._original(*args, **kwargs) if recorded is None else recorded[1]
-            return map_tensors(features, torch.zeros_like)
-        if recorded is not None and self._features.agree(_same(recorded[0], (args, kwargs))):
-            return map_tensors(recorded[1], Tensor.clone)
-        return self._original(*args, **kwargs)  # its input depends on another stream: no replay
+        number, self._number = self._number, self._number + 1
+        recorded = self.record[number] if number < len(self.record) else None
+        how = features.variant.get(self.stream)
+        if how is Replacement.exchange and self.stream not in features.by_input:
+            if recorded is None:
+                raise ValueError(f"{self.path} is called more often when streams are exchanged: its calls do not pair")
+            return self._exchanged(recorded)
+        if how in (Replacement.zero, Replacement.mean):
+            kept = self._original(*args, **kwargs) if recorded is None else recorded.output
+            if how is Replacement.zero:
+                return map_tensors(kept, torch.zeros_like)
+            return _expanded(kept, features.means.get((self.path, number), ()))
+        if recorded is not None and features.agree(_same((recorded.args, recorded.kwargs), (args, kwargs))):
+            return map_tensors(recorded.output, Tensor.clone)
+        if recorded is not None and how is Replacement.exchange:
+            order = features.order
+            given = reordered((recorded.args, recorded.kwargs), len(order), order)
+            if features.agree(_has_items(recorded, len(order)) and _same(given, (args, kwargs))):
+                return self._exchanged(recorded)
+        features.replayed = False
+        features.readers.add(self.stream)  # its input depends on another stream: no replay
+        return self._original(*args, **kwargs)
+
+    def _exchanged(self, recorded: _Call) -> Any:
+        """The features of the batch with its items exchanged: the recorded ones in another order."""
+        order = self._features.order
+        if not _has_items(recorded, len(order)):
+            raise ValueError(
+                f"{self.path}: its features have no dimension of the {len(order)} items in front, so those of stream "
+                f"{self.stream!r} cannot be exchanged; name its inputs, e.g. swap={{{self.stream!r}: 'pixel_values'}}"
+            )
+        if self._by_item is None:
+            self._by_item = self._features.agree(self._looks_at_items_alone(recorded))
+        if self._by_item:
+            return reordered(recorded.output, len(order), order)
+        self._features.replayed = False
+        args, kwargs = reordered((recorded.args, recorded.kwargs), len(order), order)
+        return self._original(*args, **kwargs)
+
+    def _looks_at_items_alone(self, recorded: _Call) -> bool:
+        """Whether an item's features do not depend on its batch, tried with a few items."""
+        order = self._features.order
+        few = order[: min(len(order), _FEW)]
+        args, kwargs = reordered((recorded.args, recorded.kwargs), len(order), few)
+        expected = tensors_of(reordered(recorded.output, len(order), few))
+        found = tensors_of(self._original(*args, **kwargs))
+        if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
+            return False
+        return all(
+            not tensor.is_floating_point()
+            or float((tensor - other).double().norm()) <= _ROUNDING * float(other.double().norm())
+            for tensor, other in zip(found, expected, strict=True)
+        )
+
+
+def _has_items(call: _Call, items: int) -> bool:
+    """Whether a tensor that the call gave has the items in front."""
+    return any(tensor.dim() and len(tensor) == items for tensor in tensors_of(call.output))
+
+
+_FEW = 4
+_ROUNDING = 0.02
+"""Relative; bf16 kernels for another batch size differ by up to 0.01."""
+
+
+def _expanded(output: Any, means: Sequence[Tensor | None]) -> Any:
+    """`output` with the means of its tensors in place of each item's own; where there is none it stays."""
+    one_by_one = iter(means)
+
+    def expanded(tensor: Tensor) -> Tensor:
+        mean = next(one_by_one, None)
+        if mean is None or mean.shape != tensor.shape[1:]:
+            return tensor.clone()
+        return mean.to(tensor).expand_as(tensor).clone()
+
+    return map_tensors(output, expanded)
 
 
 class Features:
-    """The streams' features in a model, recorded in one forward and then kept or replaced by zeros in others.
+    """The streams' features in a model, recorded in one forward and then kept or replaced in others.
 
     `features` means the outputs of a stream's roots: its largest modules (streams.Stream.roots). A recorded output is
     replayed only for the inputs that it was recorded with; where they differ, since an encoder reads another
     stream's features, the encoder runs again. `names` are the streams whose features may be replaced. `agree` is asked
-    before each replay: where an encoder holds collectives, all ranks have to run it again or none.
+    before each replay: where an encoder holds collectives, all ranks have to run it again or none. Streams in
+    `by_input` are exchanged by the caller, in the batch; the others in their features, in the order `order` [items].
     """
 
-    def __init__(self, streams: StreamSet, names: Sequence[str], agree: Callable[[bool], bool] = bool) -> None:
+    def __init__(
+        self,
+        streams: StreamSet,
+        names: Sequence[str],
+        agree: Callable[[bool], bool] = bool,
+        *,
+        by_input: frozenset[str] = frozenset(),
+        means: Means | None = None,
+    ) -> None:
         modules = {".".join(path): module for path, module in walk(streams.model)}
         for name in names:
-            if not streams[name].roots:
+            if not streams[name].roots and name not in by_input:
                 raise ValueError(
                     f"stream {name!r} has no module of its own, so its features cannot be replaced: its parameters "
                     "sit in modules that hold other streams too; give each stream a module, "
                     "e.g. streams={'rgb': model.rgb_encoder}"
                 )
         self.agree = agree
-        self.kept: frozenset[str] | None = None
-        self._encoders = [_Encoder(name, path, modules[path], self) for name in names for path in streams[name].roots]
+        self.by_input = by_input
+        self.means: Means = means or {}
+        self.variant: Variant | None = None
+        self.order = torch.empty(0, dtype=torch.long)
+        self.replayed = True
+        """Whether every encoder was spared running again."""
+        self.readers: set[str] = set()
+        """Streams whose encoders read other streams' features."""
+        self.encoders = [_Encoder(name, path, modules[path], self) for name in names for path in streams[name].roots]
+
+    def items(self) -> int:
+        """How many entries the recorded features have in front; 0 where nothing is recorded."""
+        tensors = (tensor for encoder in self.encoders for call in encoder.record for tensor in tensors_of(call.output))
+        return next((len(tensor) for tensor in tensors if tensor.dim()), 0)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Stand in for the encoders inside."""
-        for encoder in self._encoders:
+        for encoder in self.encoders:
             encoder.install()
         try:
             yield
         finally:
-            for encoder in self._encoders:
+            for encoder in self.encoders:
                 encoder.remove()
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Forwards inside run the encoders and record what they give."""
-        self.kept = None
-        for encoder in self._encoders:
+        self.variant = None
+        for encoder in self.encoders:
             encoder.rewind(forget=True)
         yield
 
     @contextlib.contextmanager
-    def keeping(self, streams: Sequence[str]) -> Iterator[None]:
-        """Forwards inside see these streams' recorded features, and zeros for all others'."""
-        self.kept = frozenset(streams)
-        for encoder in self._encoders:
+    def replacing(self, variant: Variant, order: Tensor) -> Iterator[None]:
+        """Forwards inside see the recorded features, but for what the variant replaces."""
+        self.variant, self.order = variant, order
+        for encoder in self.encoders:
             encoder.rewind(forget=False)
         try:
             yield
         finally:
-            self.kept = None
+            self.variant = None
 
     def check_called(self) -> None:
         """ValueError for a stream none of whose modules took part in the forward."""
-        for name in dict.fromkeys(encoder.stream for encoder in self._encoders):
-            own = [encoder for encoder in self._encoders if encoder.stream == name]
-            if not any(encoder.called for encoder in own):
+        for name in dict.fromkeys(encoder.stream for encoder in self.encoders):
+            own = [encoder for encoder in self.encoders if encoder.stream == name]
+            if name not in self.by_input and not any(encoder.called for encoder in own):
                 paths = ", ".join(encoder.path for encoder in own)
                 raise ValueError(
                     f"stream {name!r}: its modules ({paths}) are not called by the model's forward, so its features "
@@ -158,10 +298,9 @@ class Features:
                 )
 
 
-def variants(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """What is evaluated, and the streams whose features are kept: all; each alone; from three streams, all but one."""
-    kept = {keys.FULL: tuple(names)}
-    kept |= {name: (name,) for name in names}
+def each_alone(names: Sequence[str], how: Replacement) -> dict[str, Variant]:
+    """Each stream alone, the others replaced, by its name; from three streams on also all but one, `without_<name>`."""
+    found: dict[str, Variant] = {name: {other: how for other in names if other != name} for name in names}
     if len(names) > 2:
-        kept |= {keys.WITHOUT + name: tuple(other for other in names if other != name) for name in names}
-    return kept
+        found |= {keys.WITHOUT + name: {name: how} for name in names}
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -70,6 +70,24 @@ class Estimate:
         if side <= 0:
             return 0.0 if distance > 0 else 1.0
         return t_tail(_to_hall(distance / self._error(side), skew), self.dof)
+
+
+def negated(estimate: Estimate) -> Estimate:
+    """The same of minus the figure."""
+    return replace(estimate, value=-estimate.value, low=-estimate.high, high=-estimate.low, skew=-estimate.skew)
+
+
+def scaled(estimate: Estimate, factor: float) -> Estimate:
+    """The same of a positive multiple of the figure."""
+    return replace(estimate, value=factor * estimate.value, low=factor * estimate.low, high=factor * estimate.high)
+
+
+def bounds(estimate: Estimate) -> tuple[float, float]:
+    """The interval at the estimate's level that allows for the skewness of its error, as one-sided bounds do."""
+    alpha = (1 - estimate.level) / 2
+    if not math.isfinite(estimate.low) or not math.isfinite(estimate.high):
+        return estimate.low, estimate.high
+    return estimate.lower(alpha), estimate.upper(alpha)
 
 
 def _to_hall(t: float, skew: float) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,17 +32,19 @@ _SEED = 0
 class Items:
     """Where an evaluation reads: a loader, the name to call it by in errors, and how it is to be shared out.
 
-    A map-style DataLoader is re-made over this rank's stride of its items: each item once, in the data set's order,
-    no padding (`sharded=True` says that its items are this rank's own already; a DistributedSampler's never are).
-    Anything else must say, under several ranks, whether its batches are this rank's own (True) or the same on every
-    rank (False: batch number b then belongs to rank b modulo their number).
+    Batch number b belongs to rank b modulo their number: each item once, no padding, and every batch the same whatever
+    the number of ranks, since a contrastive loss, the padding of a sequence and an exchange of inputs depend on who is
+    in it. A map-style DataLoader is re-made over its rank's batches (`sharded=True` says that its items are this rank's
+    own already; a DistributedSampler's never are). Anything else must say, under several ranks, whether its batches are
+    this rank's own (True) or the same on every rank (False).
 
     Ranks means data-parallel ranks: those that hold parts of one model (tensor parallel) evaluate the same items, and
     count as one. With `sharded=True` they have to be given the same.
 
     `max_batches` limits the evaluation to so many batches of the whole, whatever the number of ranks; `max_items`,
     of a map-style DataLoader, to so many items. They are the first ones, or of a loader that shuffles a choice that
-    is always the same.
+    is always the same. Of these `drawn` takes so many, of a map-style DataLoader, in an order drawn once and always
+    the same: a set that is sorted by class has nothing to exchange within a batch.
     """
 
     loader: Iterable[Any]
@@ -48,22 +52,45 @@ class Items:
     sharded: bool | None = None
     max_batches: int | None = None
     max_items: int | None = None
+    drawn: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_batches", "max_items"):
+        for name in ("max_batches", "max_items", "drawn"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 (or None for all), got {value}")
+
+    @property
+    def batch_size(self) -> int | None:
+        """How many items a batch has, where the loader says so."""
+        size = getattr(self.loader, "batch_size", None) or getattr(
+            getattr(self.loader, "batch_sampler", None), "batch_size", None
+        )
+        return size if isinstance(size, int) else None
+
+    def among(self, limit: int | None, place: int, count: int) -> bool:
+        """Whether the batch of `count` items at `place` begins among the first `limit` items."""
+        return limit is None or place * (self.batch_size or count) < limit
+
+    def mixture(self) -> Items:
+        """The same in an order drawn once, where the order can be chosen; else itself."""
+        return self.first(sys.maxsize)
+
+    def first(self, count: int) -> Items:
+        """`count` items of it, drawn once, where they can be chosen (a map-style DataLoader); else all."""
+        return replace(self, drawn=count) if _shared_out_here(self) else self
 
 
 @dataclass(frozen=True)
 class Share:
     """This rank's batches; `length` of the data set and `digest` of what is shared out have to agree over ranks.
 
-    `spare` gives a batch of another rank's items for a rank that has none itself; None where there is none to be had.
+    A batch comes with its place, by which all ranks' batches are put in one order, the same for any number of ranks
+    (but for `sharded=True`). `spare` gives a batch of another rank's items for a rank that has none itself; None where
+    there is none to be had.
     """
 
-    batches: Iterable[Any]
+    batches: Iterable[tuple[int, Any]]
     spare: Callable[[], Any]
     length: int | None = None
     digest: str = ""
@@ -76,10 +103,13 @@ def share(items: Items, topology: Topology) -> Share:
         assert isinstance(loader, DataLoader)
         units = _units(loader, items)
         digest = hashlib.sha256(repr(units).encode()).hexdigest()
-        mine = _remade(loader, units[rank::ranks])
-        first = 1 if _has_custom_batches(loader) else _items_of(loader, 1)
-        spare = _remade(loader, units[:first])
-        return Share(mine, lambda: next(iter(spare), None), len(loader.dataset), digest)  # type: ignore[arg-type]
+        size = 1 if _has_custom_batches(loader) else _items_of(loader, 1)
+        assert size is not None
+        places = range(rank, math.ceil(len(units) / size), ranks)
+        mine = _remade(loader, [unit for place in places for unit in units[place * size : (place + 1) * size]])
+        spare = _remade(loader, units[:size])
+        batches = zip(places, mine, strict=True)
+        return Share(batches, lambda: next(iter(spare), None), len(loader.dataset), digest)  # type: ignore[arg-type]
     if items.max_items is not None:
         raise ValueError(
             f"{items.name}: a number of items can only be asked of a DataLoader over a map-style data set that is not "
@@ -95,7 +125,7 @@ def share(items: Items, topology: Topology) -> Share:
         seen = _Stride(loader, rank, ranks, limit)
         return Share(seen, lambda: seen.last)
     own = None if limit is None else len(range(rank, limit, ranks))  # this rank's part of `limit` batches in all
-    return Share(itertools.islice(loader, own), lambda: None)
+    return Share(zip(itertools.count(rank, ranks), itertools.islice(loader, own), strict=False), lambda: None)
 
 
 class _Stride:
@@ -105,11 +135,11 @@ class _Stride:
         self._loader, self._start, self._step, self._limit = loader, start, step, limit
         self.last: Any = None
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
         for number, batch in enumerate(itertools.islice(self._loader, self._limit)):
             self.last = batch
             if number % self._step == self._start:
-                yield batch
+                yield number, batch
 
 
 def _shared_out_here(items: Items) -> bool:
@@ -129,14 +159,20 @@ def _units(loader: DataLoader[Any], items: Items) -> Sequence[Any]:
     """What is shared out, in an order that is the same on every rank: indices, or a custom batch sampler's batches."""
     if _has_custom_batches(loader):
         _seed()
-        return list(_cut(itertools.islice(loader.batch_sampler or (), items.max_batches), items.max_items))
+        batches = list(_cut(itertools.islice(loader.batch_sampler or (), items.max_batches), items.max_items))
+        return batches if items.drawn is None else list(_cut(_in_drawn_order(batches), items.drawn))
     indices, shuffled = _indices(loader, items)
     limits = (len(indices), items.max_items, _items_of(loader, items.max_batches))
     count = min(limit for limit in limits if limit is not None)
     if shuffled and count < len(indices):
-        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(_SEED)).tolist()
-        indices = [indices[place] for place in order]
-    return indices[:count]
+        indices = _in_drawn_order(indices)
+    indices = indices[:count]
+    return indices if items.drawn is None else _in_drawn_order(indices)[: items.drawn]
+
+
+def _in_drawn_order(units: Sequence[Any]) -> list[Any]:
+    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(_SEED)).tolist()
+    return [units[place] for place in order]
 
 
 def _cut(batches: Iterable[Iterable[Any]], count: int | None) -> Iterable[list[Any]]:

@@ -1,51 +1,80 @@
-"""Items -> per-item figures of the whole model and of streams -> sums -> one all_reduce -> EvalStats."""
+"""Items -> figures of each item, whole and under variants -> one all_reduce -> the same table on every rank."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ddp_streammon import keys
 from ddp_streammon.collective import Collective
-from ddp_streammon.evaluation.ablate import Features, map_tensors, variants
+from ddp_streammon.evaluation.ablate import Features, Means, Replacement, Variant, map_tensors
+from ddp_streammon.evaluation.exchange import Swap, exchanged, partners
 from ddp_streammon.evaluation.harmless import undisturbed
 from ddp_streammon.evaluation.items import Items, Share, share
-from ddp_streammon.evaluation.scores import Score, to_device
+from ddp_streammon.evaluation.rows import (
+    TRIED,
+    WEIGHT,
+    Column,
+    Rows,
+    Told,
+    columns_of,
+    figures_of,
+    note_records,
+    sum_up,
+)
+from ddp_streammon.evaluation.scores import Score, Scored, scored, to_device
+from ddp_streammon.evaluation.table import Table
 from ddp_streammon.evaluation.together import Apart, Stranded, describe, pace_of, raise_together
-from ddp_streammon.packet import Field, Layout
-from ddp_streammon.stats import ratio
 from ddp_streammon.streams import StreamSet
 
-WEIGHT = "weight"
+Observer: TypeAlias = "Callable[[Items, int, Features, Scored], None]"
+"""Shown each batch that counts, after it went through the whole model: whose, its place, the features, the score."""
 
 
 @dataclass(frozen=True)
 class EvalStats:
-    """Weighted means over all ranks' items, equal on every rank.
+    """What was found of each split, equal on every rank; `scalars` are weighted means of the caller's own numbers.
 
-    `figures[split][variant][figure]`: a variant is `full`, a stream's name (that stream alone, the features of all
-    others zero), or, from three streams on, `without_<stream>`. `items[split]` is how many items there were,
-    `scalars` the weighted means of the caller's own numbers.
+    `readers` are streams whose encoders read other streams' features, `replayed` says whether every encoder was spared
+    a second run; `seconds` is what the variants took on the slowest rank.
     """
 
-    items: Mapping[str, int]
-    figures: Mapping[str, Mapping[str, Mapping[str, float]]]
+    tables: Mapping[str, Table]
     scalars: Mapping[str, float]
+    readers: frozenset[str] = frozenset()
+    replayed: bool = True
+    seconds: float = 0.0
+
+    def means(self, split: str) -> dict[str, dict[str, float]]:
+        """The weighted mean of each figure, by variant."""
+        table = self.tables[split]
+        found: dict[str, dict[str, float]] = {}
+        for variant, figure in table.figures:
+            found.setdefault(variant, {})[figure] = table.value(variant, figure)
+        return found
 
 
 @dataclass(frozen=True)
-class _Local:
-    """What one rank found: sums by (split, variant, figure), or why it could not."""
+class Plan:
+    """What is tried of every batch: `variants` by name, of the first `limit` items alone (None: of all).
 
-    sums: dict[tuple[str, str, str], float]
-    items: dict[str, int]
-    read: dict[str, tuple[int, str]]
-    """Of each split that is shared out here: the data set's length, and the digest of what is shared out."""
-    error: str | None = None
+    `swap`: streams that are exchanged in the batch, not in their features. `means`: for `Replacement.mean`.
+    """
+
+    variants: Mapping[str, Variant]
+    limit: int | None = None
+    swap: Swap = field(default_factory=dict)
+    means: Means = field(default_factory=dict)
+
+    def replaced(self) -> tuple[str, ...]:
+        """The streams that some variant replaces."""
+        return tuple(dict.fromkeys(name for variant in self.variants.values() for name in variant))
 
 
 def measure(
@@ -53,150 +82,179 @@ def measure(
     collective: Collective,
     splits: Mapping[str, Items],
     score: Score,
+    plan: Plan,
     *,
     scalars: Mapping[str, tuple[float, float]] | None = None,
-    kept: Mapping[str, Sequence[str]] | None = None,
+    observe: Observer | None = None,
 ) -> EvalStats:
-    """Score every item of every split once on some rank: whole, and under each variant.
+    """Score every item of every split once on some rank: whole, and under each variant of the plan.
 
-    `kept` maps variants to the streams whose features they keep (default `ablate.variants`); `scalars` are the
-    rank's own numbers as (sum, weight), which ride along; a rank may leave some out.
+    `scalars` are the rank's own numbers as (sum, weight), which ride along; a rank may leave some out.
 
     The model is left as it was (harmless.undisturbed). All ranks must call it. Errors: an exception on any rank is
     raised on every rank as a RuntimeError that names the rank; ValueError for items that cannot be shared out. Where
     parameters are sharded ranks go in step, see `together.Lockstep`.
 
-    Comm: a broadcast of the buffers, one all_gather_object (names and errors), one all_reduce(SUM) of the sums;
-    none in a single process. With sharded parameters also one all_reduce(SUM) a batch, and one for each replay of an
-    encoder. Sync: blocks; one read of the sums from the device a split.
+    Memory: 8 bytes an item and figure on every rank. Comm: a broadcast of the buffers, one all_gather_object (names and
+    errors), one all_reduce(SUM) of the tables; none in a single process. With sharded parameters also one
+    all_reduce(SUM) a batch, and one for each replay of an encoder. Sync: blocks; one read from the device a split.
     """
-    kept = variants(streams.user_names) if kept is None else kept
     loaders = [items.loader for items in splits.values()]
     failure: Exception | None = None
     pace = pace_of(streams.model, collective)
     own = scalars or {}
+    mine = _Pass(streams, collective, score, plan, pace, observe)
     with pace.following():
         with undisturbed(streams.model, collective, loaders):
             try:
-                local = _score_splits(streams, collective, splits, score, kept, pace)
+                mine.run(splits)
             except Stranded:
                 raise
             except Exception as error:  # raised on every rank below, so that none waits for this one
                 failure = error
-                local = _Local({}, {}, {}, describe(error))
-        place = collective.topology.data_rank
-        everyone = collective.gather((local.error, tuple(local.sums), local.read, tuple(own), place))
-    raise_together([error for error, *_ in everyone], failure)
-    _check_same([read for _, _, read, *_ in everyone], splits)
-    names = tuple(dict.fromkeys(name for _, found, *_ in everyone for name in found))
-    numbers = tuple(dict.fromkeys(name for _, _, _, given, _ in everyone for name in given))
-    part = 1.0 / sum(other == place for *_, other in everyone)  # ranks that hold parts of one model count as one
-    layout = Layout((Field("sums", (len(names),)), Field("items", (len(splits),)), Field("scalars", (len(numbers), 2))))
-    packet = layout.pack(
-        {
-            "sums": part * torch.tensor([local.sums.get(name, 0.0) for name in names], dtype=torch.float64),
-            "items": part * torch.tensor([local.items.get(split, 0) for split in splits], dtype=torch.float64),
-            "scalars": part * torch.tensor([own.get(n, (0.0, 0.0)) for n in numbers], dtype=torch.float64).view(-1, 2),
-        },
-        collective.topology.rank,
-    )
-    device = collective.device_for(packet.device)
-    fields = layout.unpack(collective.all_reduce(packet.to(device)).wait())
-    sums = dict(zip(names, fields["sums"], strict=True))
-    figures: dict[str, dict[str, dict[str, float]]] = {split: {variant: {} for variant in kept} for split in splits}
-    for (split, variant, figure), value in sums.items():
-        if figure != WEIGHT:
-            figures[split][variant][figure] = ratio(value, sums[split, variant, WEIGHT])
-    counts = {split: round(count) for split, count in zip(splits, fields["items"], strict=True)}
-    for split, count in counts.items():
-        if count == 0:
+        everyone = collective.gather(mine.told(failure, tuple(own)))
+    raise_together([told.error for told in everyone], failure)
+    _check_same([told.read for told in everyone], splits)
+    first = {told.place: rank for rank, told in reversed(list(enumerate(everyone)))}
+    speakers = [told for rank, told in enumerate(everyone) if first[told.place] == rank]
+    tables, totals = sum_up(collective, mine.rows, speakers, everyone, splits, own)
+    for split, table in tables.items():
+        if not len(table):
             raise ValueError(
                 f"{splits[split].name} is empty: there is no item to evaluate; pass a loader with at least one batch"
             )
-    totals = zip(numbers, fields["scalars"], strict=True)
-    return EvalStats(counts, figures, {name: ratio(total, weight) for name, (total, weight) in totals})
+    return EvalStats(
+        tables,
+        totals,
+        frozenset().union(*(told.readers for told in everyone)),
+        all(told.replayed for told in everyone),
+        max(told.seconds for told in everyone),
+    )
 
 
-def _score_splits(
-    streams: StreamSet,
-    collective: Collective,
-    splits: Mapping[str, Items],
-    score: Score,
-    kept: Mapping[str, Sequence[str]],
-    pace: Apart,
-) -> _Local:
-    everything = tuple(streams.user_names)
-    replaced = any(tuple(names) != everything for names in kept.values())
-    features = Features(streams, everything if replaced else (), pace.agree)
-    device = to_device(streams.model)
-    local = _Local({}, {}, {})
+class _Pass:
+    """One walk over the splits on this rank."""
 
-    def shared_out(split: str) -> Share:
-        mine = share(splits[split], collective.topology)
+    def __init__(
+        self,
+        streams: StreamSet,
+        collective: Collective,
+        score: Score,
+        plan: Plan,
+        pace: Apart,
+        observe: Observer | None,
+    ) -> None:
+        self._streams, self._topology, self._score, self._plan = streams, collective.topology, score, plan
+        self._pace, self._observe = pace, observe
+        self._device = to_device(streams.model)
+        self._features: Features | None = None
+        self._read: dict[str, tuple[int, str]] = {}
+        self._seconds = 0.0
+        self.rows: dict[str, Rows] = {}
+
+    def run(self, splits: Mapping[str, Items]) -> None:
+        plan = self._plan
+        names = self._streams.user_names if self._observe else plan.replaced()
+        with_roots = [name for name in names if self._streams[name].roots or name in plan.replaced()]
+        by_input = frozenset(plan.swap)
+        self._features = features = Features(
+            self._streams, with_roots, self._pace.agree, by_input=by_input, means=plan.means
+        )
+        with features.installed():
+            for split, items in splits.items():
+                rows = self.rows[split] = Rows()
+                shared_out = functools.partial(self._shared_out, split, items)
+                for place, batch in self._pace.rounds(shared_out, self._on_device, items.name):
+                    self._batch(rows, items, place, batch)
+                rows.on_host()
+        if self._pace.failure is not None:
+            raise self._pace.failure
+        if any(rows.batches for rows in self.rows.values()):
+            features.check_called()
+
+    def told(self, failure: Exception | None, scalars: tuple[str, ...]) -> Told:
+        if failure is not None:
+            return Told(describe(failure), self._topology.data_rank)
+        assert self._features is not None
+        return Told(
+            None,
+            self._topology.data_rank,
+            {split: rows.sizes() for split, rows in self.rows.items()},
+            {split: rows.columns() for split, rows in self.rows.items()},
+            self._read,
+            scalars,
+            {split: rows.records for split, rows in self.rows.items() if rows.records},
+            frozenset(self._features.readers),
+            self._features.replayed,
+            self._seconds,
+        )
+
+    def _shared_out(self, split: str, items: Items) -> Share:
+        mine = share(items, self._topology)
         if mine.length is not None:
-            local.read[split] = mine.length, mine.digest
+            self._read[split] = mine.length, mine.digest
         return mine
 
-    def on_device(batch: Any) -> Any:
-        return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    def _on_device(self, batch: Any) -> Any:
+        return map_tensors(batch, lambda tensor: tensor.to(self._device, non_blocking=True))
 
-    with features.installed():
-        for split, items in splits.items():
-            totals: dict[tuple[str, str, str], Tensor] = {}
-            for batch, counts in pace.rounds(functools.partial(shared_out, split), on_device, items.name):
-                count, sums = _score_batch(streams, features, batch, score, kept, pace)
-                if counts:
-                    local.items[split] = local.items.get(split, 0) + count
-                    for (variant, figure), value in sums.items():
-                        key = (split, variant, figure)
-                        totals[key] = totals[key] + value if key in totals else value
-            if totals:
-                values = torch.stack(list(totals.values())).tolist()
-                local.sums.update(zip(totals, values, strict=True))
-    if pace.failure is not None:
-        raise pace.failure
-    if any(local.items.values()):
-        features.check_called()
-    return local
+    def _batch(self, rows: Rows, items: Items, place: int | None, batch: object) -> None:
+        """The batch whole and, if it is one of the first, under each variant; columns of what counts."""
+        plan, features = self._plan, self._features
+        assert features is not None
+        with features.recording():
+            whole = self._attempt(batch)
+        columns: dict[Column, Tensor] = {}
+        if whole is not None and place is not None:
+            columns |= columns_of(whole, place) | figures_of(keys.FULL, whole)
+            note_records(rows, keys.FULL, place, whole)
+            if self._observe is not None:
+                self._observe(items, place, features, whole)
+        wanted = place is not None and whole is not None and items.among(plan.limit, place, whole.items)
+        if plan.variants and not self._pace.agree(not wanted):
+            began = self._now()
+            for name, variant in plan.variants.items():
+                order, met = _order(whole, variant, features)
+                with features.replacing(variant, order):
+                    found = self._attempt(batch, variant, order)
+                if found is not None and wanted and place is not None:
+                    columns |= figures_of(name, found)
+                    note_records(rows, name, place, found)
+                    if met:
+                        columns["met", name] = (order - torch.arange(len(order))).double()
+            self._seconds += self._now() - began
+        if columns and whole is not None and place is not None:
+            device = columns[WEIGHT].device
+            columns[TRIED] = torch.full((whole.items,), float(wanted), dtype=torch.float64, device=device)
+            rows.batches.append((place, whole.items, columns))
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _attempt(self, batch: Any, variant: Variant | None = None, order: Tensor | None = None) -> Scored | None:
+        def run(given: Any) -> Scored:
+            given = map_tensors(given, lambda tensor: tensor)  # containers of its own: a score may pop its target
+            for name, how in (variant or {}).items():
+                if how is Replacement.exchange and name in self._plan.swap and order is not None:
+                    given = exchanged(given, self._plan.swap[name], order)
+            return scored(self._score, self._streams.model, given)
+
+        return self._pace.attempt(run, batch)
 
 
-def _score_batch(
-    streams: StreamSet,
-    features: Features,
-    batch: object,
-    score: Score,
-    kept: Mapping[str, Sequence[str]],
-    pace: Apart,
-) -> tuple[int, dict[tuple[str, str], Tensor]]:
-    """The batch's number of items, and its weighted sums by (variant, figure)."""
-    count = 0
-    found: dict[tuple[str, str], Tensor] = {}
-    everything = tuple(streams.user_names)
-    scored = functools.partial(_scored, score, streams.model)
-    for variant, names in sorted(kept.items(), key=lambda item: tuple(item[1]) != everything):
-        with features.recording() if tuple(names) == everything else features.keeping(names):
-            result = pace.attempt(scored, batch)
-        if result is not None:
-            count, sums = result
-            found |= {(variant, figure): value for figure, value in sums.items()}
-    return count, found
-
-
-def _scored(score: Score, model: nn.Module, batch: object) -> tuple[int, dict[str, Tensor]]:
-    """How many items there are, and the weighted sums of their figures."""
-    result = dict(score(model, batch))
-    if "loss" not in result:
-        raise ValueError(f"score must give 'loss' per item, got {', '.join(map(repr, result)) or 'nothing'}")
-    loss = result["loss"]
-    for figure, values in result.items():
-        if values.dim() != 1 or len(values) != len(loss):
-            raise ValueError(
-                f"score must give one {figure} per item, shape [{len(loss) if loss.dim() else 'items'}], "
-                f"got shape {tuple(values.shape)}"
-            )
-    weight = result.pop(WEIGHT, torch.ones_like(loss)).double()
-    sums = {figure: (values.double() * weight).sum() for figure, values in result.items()}
-    return len(loss), sums | {WEIGHT: weight.sum()}
+def _order(whole: Scored | None, variant: Variant, features: Features) -> tuple[Tensor, bool]:
+    """Whose features each item of the batch gets, and whether the variant exchanges at all."""
+    streams = [name for name, how in variant.items() if how is Replacement.exchange]
+    if whole is None or not streams:
+        return torch.arange(features.items() if whole is None else whole.items), False
+    eligible = whole.weight > 0
+    for name in streams:
+        if name in whole.present:
+            eligible = eligible & whole.present[name].bool()
+    groups = whole.group if isinstance(whole.group, Tensor) else None
+    return partners(eligible, groups), True
 
 
 def _check_same(read: Sequence[Mapping[str, tuple[int, str]]], splits: Mapping[str, Items]) -> None:

@@ -25,10 +25,10 @@ COLUMNS = 256
 instead of 71 % at 300 items (evidence of this project)."""
 ITEMS_PER_COLUMN = 10
 ITEMS_PER_CLASS = 20
-PENALTY = 1e-3
-"""lambda relative to trace / d of the standardised features' X'X, which is the number of items. Directions with less
-than this share of the mean variance are hardly used: rounding (bf16: 4e-6 of the variance) lies far below it, and the
-condition number stays below d / PENALTY. Chosen for that, not tuned; scores move little with it (a test)."""
+PENALTIES = tuple(10.0 ** (power / 2) for power in range(-6, 5))
+"""lambda, from 0.001 to 100, relative to trace / d of the standardised features' X'X, which is the number of items. The
+least keeps the condition number below 1000 d, with rounding (bf16: 4e-6 of the variance) far below it; the largest
+shrinks what noise explains in training to a hundredth."""
 CONSTANT = 1e-10
 """A column whose variance is below this share of its mean square is constant: the rest is rounding."""
 MAX_BYTES = 64 * 2**20
@@ -39,22 +39,26 @@ class Labelled(NamedTuple):
     """This rank's items. Shape: features [N, width] a stream, targets [N] (classes) or [N, outputs] (regression).
 
     `prediction` is the model's own, for the head gap: classes [N], or [N, outputs]; `groups` [N] integers, for items
-    that are not independent. A rank without items gives no features and targets of length 0.
+    that are not independent, on whichever ranks; `order` [N] integers by which all ranks' items are put in one order.
+    A rank without items gives no features and targets of length 0.
     """
 
     features: Mapping[str, Tensor]
     targets: Tensor
     prediction: Tensor | None = None
     groups: Tensor | None = None
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Known:
-    """Accuracy or R^2 on the held-out items, and how much that is above the training items' majority class (or mean).
-    Both are nan where `undetermined` says why."""
+    """Accuracy (or R^2) on the held-out items, and how much that is above the training items' majority class (or mean);
+    `explained` is R^2, of the classes' indicators against the training shares: no figure of a few items tells
+    nothing from a little as sharply. All are nan where `undetermined` says why."""
 
     score: Estimate
     advantage: Estimate
+    explained: Estimate
     undetermined: str = ""
 
 
@@ -62,13 +66,32 @@ class Known:
 class ProbeStats:
     """Equal on every rank. Differences are paired by item; nan where a probe that they need is undetermined.
 
-    `complement[s]` = probe(all) - probe(all but s); `head_gap` = probe(all) - model.
+    `complement[s]` = probe(all) - probe(all but s), and of R^2 `explained_complement`; `head_gap` = probe(all) - model.
     """
 
     alone: Mapping[str, Known]
     everything: Known
     complement: Mapping[str, Estimate]
+    explained_complement: Mapping[str, Estimate]
     head_gap: Estimate
+    items: Scores
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What each stream's probe explains of each held-out item, to compare with a later probe of the same items.
+
+    `alone[s]` over `base` is R^2: squared error of the mean - squared error, over the former. Shape: [N] each, of all
+    ranks' items.
+    """
+
+    alone: Mapping[str, Tensor]
+    base: Tensor
+    groups: Tensor | None = None
+
+    def change(self, then: Tensor, stream: str, level: float) -> Estimate:
+        """How much the stream's R^2 is above what it was, `then` [N] of the same items."""
+        return ratio(ratio_sums(self.alone[stream] - then, self.base, self.groups), level)
 
 
 @dataclass(frozen=True)
@@ -122,9 +145,9 @@ class Probe:
 
     @cached_property
     def layout(self) -> Layout:
-        """Of the training sums: X'X, X'Y, X'1, Y'1 (the class counts) and n."""
+        """Of the training sums: X'X, X'Y, X'1, Y'1 (the class counts), the trace of Y'Y and n."""
         d, outputs = self.dim, self.outputs
-        shapes = {"xx": (d, d), "xy": (d, outputs), "x": (d,), "y": (outputs,), "n": ()}
+        shapes = {"xx": (d, d), "xy": (d, outputs), "x": (d,), "y": (outputs,), "yy": (), "n": ()}
         return Layout(tuple(Field(name, shape, raw=True) for name, shape in shapes.items()))
 
     def check(self, items: Labelled) -> None:
@@ -145,7 +168,7 @@ class Probe:
             raise ValueError(
                 f"features must have the shapes {expected}, got {found}; pool or flatten them to [N, width]"
             )
-        for name in ("prediction", "groups"):
+        for name in ("prediction", "groups", "order"):
             value = getattr(items, name)
             own = shape if name == "prediction" else (count,)
             if value is not None and tuple(value.shape) != own:
@@ -172,40 +195,41 @@ class Probe:
         if self.classes:
             xy = x.new_zeros(self.dim, self.outputs).index_add_(1, targets.long(), x.T)
             y = torch.bincount(targets.long(), minlength=self.outputs)
+            yy = y.sum()
         else:
-            xy, y = x.T @ targets.double(), targets.double().sum(0)
+            xy, y, yy = x.T @ targets.double(), targets.double().sum(0), targets.double().square().sum()
         n = torch.tensor(float(len(x)))
-        return self.layout.pack({"xx": x.T @ x, "xy": xy, "x": x.sum(0), "y": y, "n": n}, 0, x.device)
+        return self.layout.pack({"xx": x.T @ x, "xy": xy, "x": x.sum(0), "y": y, "yy": yy, "n": n}, 0, x.device)
 
 
 @dataclass(frozen=True)
 class Fit:
     """A ridge of some streams: prediction = (x - mean) @ coefficients + offset; `undetermined` says why there is none.
 
-    Shape: mean [d'], coefficients [d', outputs], offset [outputs] (the training mean, or class shares).
+    `penalty` is lambda. Shape: mean [d'], coefficients [d', outputs], offset [outputs] (the training mean, or class
+    shares).
     """
 
     columns: Sequence[int]
     mean: Tensor
     coefficients: Tensor
     offset: Tensor
+    penalty: float = math.nan
     undetermined: str = ""
 
-    def predict(self, x: Tensor, classes: bool) -> Tensor:
-        """Shape: x [N, d] in; classes [N] (-1 where features are not finite), or values [N, outputs], out."""
-        own, mean, coefficients = x[:, list(self.columns)], self.mean.to(x), self.coefficients.to(x)
-        parts = []
-        for rows in torch.split(own, max(_CHUNK_CELLS // len(self.offset), 1)):
-            values = (rows - mean) @ coefficients + self.offset.to(x)
-            parts.append(torch.where(values.isfinite().all(1), values.argmax(1), -1) if classes else values)
-        return torch.cat(parts)
+    def predict(self, x: Tensor) -> Tensor:
+        """Shape: x [N, d] in, values [N, outputs] out."""
+        own = x[:, list(self.columns)]
+        return (own - self.mean.to(x)) @ self.coefficients.to(x) + self.offset.to(x)
 
 
 def fit(probe: Probe, packet: Tensor, streams: Sequence[str]) -> Fit:
-    """The ridge of these streams' columns, standardised, with an unpenalised offset; float64, by Cholesky.
+    """The ridge of these streams' columns, standardised, with an unpenalised offset; float64.
 
-    `packet` is the sum of all training packets, on the host. What `sklearn.linear_model.Ridge(alpha=PENALTY * n)` gives
-    on standardised features. Comm, Sync: none.
+    `packet` is the sum of all training packets, on the host. What `sklearn.linear_model.Ridge(alpha=penalty * n)` gives
+    on standardised features; of `PENALTIES` the one of the least generalised cross-validation error (Golub, Heath and
+    Wahba, Technometrics 21, 1979, 215), RSS / n / (1 - (1 + sum e / (e + lambda)) / n)^2 with the eigenvalues e of
+    X'X / n: what a stream of noise explains is shrunk to nothing, so that more columns do no harm. Comm, Sync: none.
     """
     total: dict[str, Any] = probe.layout.unpack(packet)
     columns = [column for name in streams for column in probe.columns[name]]
@@ -216,14 +240,24 @@ def fit(probe: Probe, packet: Tensor, streams: Sequence[str]) -> Fit:
     if not why and not bool(xx.isfinite().all() & xy.isfinite().all()):
         why = "a training item has features or a target that are not finite"
     if why:
-        return Fit(columns, mean, torch.zeros_like(xy), offset, why)
+        return Fit(columns, mean, torch.zeros_like(xy), offset, undetermined=why)
     covariance = xx / n - torch.outer(mean, mean)
     variance = covariance.diagonal()
     scale = torch.where(variance > CONSTANT * xx.diagonal() / n, variance.clamp(min=0).rsqrt(), 0.0)
-    gram = covariance * torch.outer(scale, scale) + PENALTY * torch.eye(len(columns), dtype=torch.float64)
-    right = (xy / n - torch.outer(mean, offset)) * scale[:, None]
-    solved = torch.cholesky_solve(right, torch.linalg.cholesky(gram))
-    return Fit(columns, mean, solved * scale[:, None], offset)
+    values, vectors = torch.linalg.eigh(covariance * torch.outer(scale, scale))
+    values = values.clamp(min=0)
+    right = vectors.T @ ((xy / n - torch.outer(mean, offset)) * scale[:, None])
+    spread = float(total["yy"] / n - offset.square().sum())
+
+    def error(penalty: float) -> float:
+        shrunk = right / (values + penalty)[:, None]
+        residual = spread - 2 * (right * shrunk).sum() + (values[:, None] * shrunk.square()).sum()
+        used = 1 + (values / (values + penalty)).sum()
+        return float(residual / (1 - used / n) ** 2)
+
+    penalty = min(reversed(PENALTIES), key=error)
+    solved = vectors @ (right / (values + penalty)[:, None])
+    return Fit(columns, mean, solved * scale[:, None], offset, penalty)
 
 
 def _undetermined(probe: Probe, n: float, d: int, counts: Tensor) -> str:
@@ -245,8 +279,9 @@ def probe_streams(
     a number changes nothing but rounding (relative 1e-13 (shift / deviation)^2). Not for ranking streams.
 
     All ranks must call it. Errors: ValueError for items of another shape than the probe's; under several ranks a
-    RuntimeError on each that names the rank. Comm: one all_gather_object (errors) and two all_reduces (the training
-    sums; the held-out ones); none in a single process. Sync: blocks.
+    RuntimeError on each that names the rank. Comm: one all_gather_object (errors), one all_reduce (the training sums),
+    one all_gather_object (the held-out items' scores, 8 bytes an item and probe); none in a single process. Sync:
+    blocks.
     """
     failure: Exception | None = None
     try:
@@ -254,31 +289,42 @@ def probe_streams(
         probe.check(held_out)
     except Exception as error:  # raised on every rank below, so that none waits for this one
         failure = error
-    raise_together(collective.gather(None if failure is None else describe(failure)), failure)
-    packet = probe.sums(train)
+    place = collective.topology.data_rank
+    everyone = collective.gather((None if failure is None else describe(failure), place))
+    raise_together([error for error, _ in everyone], failure)
+    part = 1.0 / sum(other == place for _, other in everyone)  # ranks that hold parts of one model count as one
+    packet = part * probe.sums(train)
     total = collective.all_reduce(packet.to(collective.device_for(packet.device))).wait()
     names = tuple(probe.widths)
     subsets = {(name,) for name in names} | {names} | {tuple(n for n in names if n != left) for left in names}
     fits = {subset: fit(probe, total, subset) for subset in sorted(subsets) if subset}
-    figures = _figures(probe, fits, held_out)
-    layout = Layout((Field("sums", (len(figures), RatioSums.CELLS)),))
-    cells = torch.stack([sums.cells() for sums in figures.values()])
-    small = layout.pack({"sums": cells}, 0).to(collective.device_for(packet.device))
-    fields = layout.unpack(collective.all_reduce(small).wait())["sums"]
-    found = {name: RatioSums(*row) for name, row in zip(figures, fields, strict=True)}
+    scores, groups = _gathered(collective, _scores(probe, fits, held_out), held_out)
+    base = scores.pop(_BASE)
+    ones = torch.ones_like(base)
+    figure = _RIGHT if probe.classes else _EXPLAINED
 
-    def gain(more: Sequence[str], less: Any) -> Estimate:
-        return ratio(found[tuple(more), less], level, unit_range=probe.classes)
+    def gain(more: Any, less: Any, figure: str = figure) -> Estimate:
+        change = scores[figure, more] - scores[figure, less]
+        share = figure == _RIGHT
+        return ratio(ratio_sums(change, ones if share else base, groups), level, unit_range=share)
 
     def known(subset: tuple[str, ...]) -> Known:
-        return Known(_score(found[subset, _NOTHING], level, probe.classes), gain(subset, ()), fits[subset].undetermined)
+        own = ratio_sums(scores[figure, subset], ones if probe.classes else base, groups)
+        score = _score(own, level, probe.classes)
+        return Known(score, gain(subset, ()), gain(subset, (), _EXPLAINED), fits[subset].undetermined)
 
-    complement = {left: gain(names, tuple(n for n in names if n != left)) for left in names}
-    return ProbeStats({name: known((name,)) for name in names}, known(names), complement, gain(names, _MODEL))
+    others = {left: tuple(name for name in names if name != left) for left in names}
+    return ProbeStats(
+        {name: known((name,)) for name in names},
+        known(names),
+        {left: gain(names, rest) for left, rest in others.items()},
+        {left: gain(names, rest, _EXPLAINED) for left, rest in others.items()},
+        gain(names, _MODEL),
+        Scores({name: scores[_EXPLAINED, (name,)] for name in names}, base, groups),
+    )
 
 
-_NOTHING = "nothing"
-_MODEL = "model"
+_MODEL, _RIGHT, _EXPLAINED, _BASE = "model", "right", "explained", "base"
 
 
 def _score(sums: RatioSums, level: float, classes: bool) -> Estimate:
@@ -287,31 +333,55 @@ def _score(sums: RatioSums, level: float, classes: bool) -> Estimate:
     return ratio(sums, level)
 
 
-def _figures(
-    probe: Probe, fits: Mapping[tuple[str, ...], Fit], held_out: Labelled
-) -> dict[tuple[tuple[str, ...], Any], RatioSums]:
-    """Sums of (what is scored, what is taken off it): `()` the best constant, another subset, the model, or nothing.
-
-    An item's score is correctness over 1, or (squared error of the mean - squared error) over the former.
-    """
+def _scores(probe: Probe, fits: Mapping[tuple[str, ...], Fit], held_out: Labelled) -> dict[Any, Tensor]:
+    """What each of this rank's items brings: right or not, and how much of its squared distance from the training mean
+    (the base) is explained; by subset of streams, `()` for the best constant, and the model."""
     x = probe.project(held_out)
     targets = held_out.targets.to(x.device)
-    names = tuple(probe.widths)
-    offset = fits[names].offset.to(x)
-    constant = offset.argmax().expand(len(x)) if probe.classes else offset.expand(len(x), -1)
-    base = torch.ones(len(x)) if probe.classes else (targets.double() - constant).square().sum(1)
+    offset = next(iter(fits.values())).offset.to(x)
+    chunk = max(_CHUNK_CELLS // probe.outputs, 1)
+    found: dict[Any, list[Tensor]] = {}
 
-    def scored(prediction: Tensor) -> Tensor:
-        if probe.classes:
-            return torch.where(prediction < 0, math.nan, (prediction == targets).double())
-        return base - (targets.double() - prediction).square().sum(1)
+    def note(who: Any, right: Tensor, explained: Tensor) -> None:
+        found.setdefault((_RIGHT, who), []).append(right)
+        found.setdefault((_EXPLAINED, who), []).append(explained)
 
-    unknown = torch.full((len(x),), math.nan, dtype=torch.float64, device=x.device)
-    scores: dict[Any, Tensor] = {(): scored(constant), _NOTHING: torch.zeros_like(unknown)}
-    scores[_MODEL] = unknown if held_out.prediction is None else scored(held_out.prediction.to(x.device))
-    for subset, fitted in fits.items():
-        scores[subset] = unknown if fitted.undetermined else scored(fitted.predict(x, probe.classes))
-    wanted: list[tuple[tuple[str, ...], Any]] = [(subset, less) for subset in fits for less in (_NOTHING, ())]
-    wanted += [(names, tuple(n for n in names if n != left)) for left in names if len(names) > 1]
-    wanted.append((names, _MODEL))
-    return {(more, less): ratio_sums(scores[more] - scores[less], base, held_out.groups) for more, less in wanted}
+    for start in range(0, max(len(x), 1), chunk):
+        rows, wanted = x[start : start + chunk], targets[start : start + chunk]
+        unknown = torch.full((len(rows),), math.nan, dtype=torch.float64, device=x.device)
+        truth = torch.nn.functional.one_hot(wanted.long(), probe.outputs).double() if probe.classes else wanted.double()
+        base = (truth - offset).square().sum(1)
+        found.setdefault(_BASE, []).append(base)
+        note((), (wanted == offset.argmax()).double() if probe.classes else unknown, torch.zeros_like(base))
+        right, explained = unknown, unknown
+        if held_out.prediction is not None:
+            predicted = held_out.prediction[start : start + chunk].to(x.device)
+            if probe.classes:
+                right = (predicted == wanted).double()
+            else:
+                explained = base - (truth - predicted.double()).square().sum(1)
+        note(_MODEL, right, explained)
+        for subset, fitted in fits.items():
+            if fitted.undetermined:
+                note(subset, unknown, unknown)
+                continue
+            values = fitted.predict(rows)
+            right = (values.argmax(1) == wanted).double() if probe.classes else unknown
+            finite = values.isfinite().all(1)
+            note(subset, torch.where(finite, right, math.nan), base - (truth - values).square().sum(1))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _gathered(
+    collective: Collective, scores: Mapping[Any, Tensor], held_out: Labelled
+) -> tuple[dict[Any, Tensor], Tensor | None]:
+    """All ranks' items, in their order: scores and groups."""
+    own = torch.stack([values.double().cpu() for values in scores.values()])
+    order = torch.zeros(own.shape[1]) if held_out.order is None else held_out.order
+    integers = torch.stack([order.cpu().long(), (order if held_out.groups is None else held_out.groups).cpu().long()])
+    found = collective.gather((collective.topology.data_rank, own, integers, held_out.groups is not None))
+    by_place = {place: (rows, marks) for place, rows, marks, _ in reversed(found)}
+    rows, marks = (torch.cat([by_place[place][which] for place in sorted(by_place)], 1) for which in (0, 1))
+    places = torch.argsort(marks[0], stable=True)
+    grouped = any(given for *_, given in found)
+    return dict(zip(scores, rows[:, places], strict=True)), marks[1][places] if grouped else None

@@ -3,20 +3,78 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-Score: TypeAlias = "Callable[[nn.Module, Any], Mapping[str, Tensor]]"
-"""`score(model, batch)` gives per item, shape [B] each: `loss`, optionally `weight` (default 1), and any further
-figure (`correct`, say); figures are averaged over items by weight."""
+Score: TypeAlias = "Callable[[nn.Module, Any], Mapping[str, Any]]"
+"""`score(model, batch)` gives `loss`, [B], one value an item (a sequence, an image with its caption), and if it likes:
+
+`weight` [B] (default 1): tokens, say; 0 leaves an item out. `group` [B] integers: items of one group are not
+independent (clips of one video); `"batch"` makes the batch one group (a contrastive loss). `present`: by stream a mask
+[B], true where the stream has data. `target` and `prediction`: classes [B], or values [B, outputs], for the probe.
+`record`: a sequence of B objects that pickle, for a `reduce` of the user's. Any other figure (`correct`, say), [B], is
+averaged over items by weight, as the loss is.
+"""
 
 Criterion: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 
 TARGETS = ("target", "targets", "label", "labels")
 """Where the target lies in a batch that is a mapping."""
+
+
+BATCH = "batch"
+"""As a group: all items of the batch are one."""
+_SPECIAL = ("weight", "group", "present", "target", "prediction", "record")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a score gave for a batch, checked. Shape: [B] each; figures and weight float64."""
+
+    figures: Mapping[str, Tensor]
+    weight: Tensor
+    group: Tensor | str | None = None
+    present: Mapping[str, Tensor] = field(default_factory=dict)
+    target: Tensor | None = None
+    prediction: Tensor | None = None
+    record: Sequence[Any] | None = None
+
+    @property
+    def items(self) -> int:
+        return len(self.weight)
+
+
+def scored(score: Score, model: nn.Module, batch: object) -> Scored:
+    """Run `score` on a batch. Errors: ValueError for what is not one value an item, with its name and shape."""
+    given = dict(score(model, batch))
+    if "loss" not in given:
+        raise ValueError(f"score must give 'loss' per item, got {', '.join(map(repr, given)) or 'nothing'}")
+    special = {name: given.pop(name, None) for name in _SPECIAL}
+    count = len(given["loss"]) if given["loss"].dim() == 1 else None
+    group, present, record = special["group"], special["present"] or {}, special["record"]
+    named = given | {name: special[name] for name in ("weight",) if special[name] is not None}
+    if isinstance(group, str) and group != BATCH:
+        raise ValueError(f"group must be integers [items], or {BATCH!r} for one group a batch, got {group!r}")
+    if isinstance(group, Tensor):
+        if group.is_floating_point():
+            raise ValueError(f"group must be integers, got {group.dtype}")
+        named["group"] = group
+    for name, values in {**named, **{f"present[{stream!r}]": mask for stream, mask in present.items()}}.items():
+        if values.dim() != 1 or len(values) != count:
+            raise ValueError(
+                f"score must give one {name} per item, shape [{'items' if count is None else count}], "
+                f"got shape {tuple(values.shape)}"
+            )
+    for name in ("target", "prediction", "record"):
+        if special[name] is not None and len(special[name]) != count:
+            raise ValueError(f"score must give one {name} per item, {count} in all, got {len(special[name])}")
+    figures = {name: values.detach().double() for name, values in given.items()}
+    weight = torch.ones_like(figures["loss"]) if special["weight"] is None else special["weight"].detach().double()
+    return Scored(figures, weight, group, present, special["target"], special["prediction"], record)
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
@@ -46,7 +104,8 @@ def classification(criterion: Criterion | None = None) -> Score:
 
     def score(model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
         inputs, named, target = split_batch(batch)
-        return classified(model, model(*inputs, **named), target, criterion)
+        logits = model(*inputs, **named)
+        return classified(model, logits, target, criterion) | {"target": target, "prediction": logits.argmax(1)}
 
     return score
 

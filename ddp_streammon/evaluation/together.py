@@ -53,10 +53,10 @@ class Apart:
 
     def rounds(
         self, share: Callable[[], Share], prepare: Callable[[Any], Any], name: str
-    ) -> Iterator[tuple[Any, bool]]:
-        """This rank's batches, prepared, and whether they count."""
-        for batch in share().batches:
-            yield prepare(batch), True
+    ) -> Iterator[tuple[int | None, Any]]:
+        """This rank's batches, prepared, with their places; None for one that does not count."""
+        for place, batch in share().batches:
+            yield place, prepare(batch)
 
     def attempt(self, scored: Callable[[Any], T], batch: Any) -> T | None:
         """What `scored` gives for the batch."""
@@ -112,7 +112,7 @@ class Lockstep(Apart):
 
     def rounds(
         self, share: Callable[[], Share], prepare: Callable[[Any], Any], name: str
-    ) -> Iterator[tuple[Any, bool]]:
+    ) -> Iterator[tuple[int | None, Any]]:
         """As often on every rank as on the one with the most batches; ends on all of them after a failure.
 
         Comm: one all_reduce(SUM) before each batch. Sync: blocks.
@@ -120,16 +120,15 @@ class Lockstep(Apart):
         mine = self._noting(share)
         batches = iter(mine.batches) if mine is not None else iter(())
         while True:
-            batch = self._noting(lambda: next(batches, _NOTHING))
-            here = batch is not None and batch is not _NOTHING
-            if here:
-                self._stand_in = batch
+            given = self._noting(lambda: next(batches, None))
+            if given is not None:
+                self._stand_in = given[1]
             elif self._stand_in is _NOTHING and mine is not None and self.failure is None:
                 spare = self._noting(mine.spare)
                 self._stand_in = _NOTHING if spare is None else spare
             prepared = self._noting(lambda: prepare(self._stand_in)) if self._stand_in is not _NOTHING else _NOTHING
             failed = self.failure is not None
-            having, failing, lacking = self._sums(here, failed, prepared is _NOTHING and not failed)
+            having, failing, lacking = self._sums(given is not None, failed, prepared is _NOTHING and not failed)
             if failing or not having:
                 return
             if lacking:
@@ -140,7 +139,7 @@ class Lockstep(Apart):
                         "over the whole map-style data set, which is shared out here"
                     )
                 return
-            yield prepared, here
+            yield None if given is None else given[0], prepared
 
     def attempt(self, scored: Callable[[Any], T], batch: Any) -> T | None:
         """What `scored` gives; None where it raised outside of the forward, which has been made all the same."""

@@ -9,18 +9,15 @@ from ddp_streammon import keys
 from ddp_streammon.evaluation.measure import EvalStats
 from ddp_streammon.stats import ratio
 
-_FIGURE_NAMES = {"correct": "acc"}
-"""A mean of `correct` is an accuracy."""
-
 
 def split_values(result: EvalStats, split: str) -> dict[str, float]:
     """`{"full": {"loss": 1.2}, "rgb": ...}` of a split as `full_val_loss`, `rgb_val_loss`, `rgb_without_val_loss`."""
     values = {}
-    for variant, figures in result.figures[split].items():
+    for variant, figures in result.means(split).items():
         without = variant.startswith(keys.WITHOUT)
         stream = variant.removeprefix(keys.WITHOUT)
         for figure, value in figures.items():
-            name = f"{split}_{_FIGURE_NAMES.get(figure, figure)}"
+            name = f"{split}_{keys.shown(figure)}"
             values[keys.of_stream(stream, keys.WITHOUT + name if without else name)] = value
     return values
 

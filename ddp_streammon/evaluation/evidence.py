@@ -1,0 +1,103 @@
+"""What an evaluation has to say of each stream, as evidence for claims; and what it remembers for the next one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ddp_streammon import keys
+from ddp_streammon.evaluation import readings
+from ddp_streammon.evaluation.claims import (
+    COMPLEMENT_MARGIN,
+    OVERFITTING_MARGIN,
+    WORTH,
+    Claim,
+    Evidence,
+    Figure,
+    margin,
+)
+from ddp_streammon.evaluation.intervals import Estimate, difference, scaled
+from ddp_streammon.evaluation.knowledge import Knowledge
+from ddp_streammon.evaluation.table import LEVEL, Table
+from ddp_streammon.stats import ratio
+
+
+@dataclass(frozen=True)
+class Past:
+    """Earlier evaluations of a split: how many there were, and at its best, by item, what each stream's probe explained
+    and minus the loss of the whole model."""
+
+    count: int = 0
+    best: Mapping[str, list[float]] = field(default_factory=dict)
+    claimed: Sequence[tuple[str, str]] = ()
+    """What stands since the last look: streams and statements."""
+
+
+def of_use(table: Table, estimates: Mapping[str, Estimate], name: str, split: str) -> Evidence:
+    least = margin(table.value(keys.FULL, readings.LOSS), share=False)
+    uses = estimates.get(keys.of_stream(name, f"{split}_{keys.USES}"))
+    return Evidence(uses=Figure(uses, least) if uses is not None and least > 0 else None)
+
+
+def of_probe(own: Evidence, known: Knowledge, past: Past, name: str) -> Evidence:
+    """The evidence with what the probe found of the stream."""
+    stats = known.stats
+    if stats is None or name not in stats.alone:
+        return own
+    least = margin(1.0, share=True)
+    scores, then = stats.items, past.best.get(name)
+    change = None
+    if then is not None and len(then) == len(scores.base):
+        change = scores.change(torch.tensor(then, dtype=torch.float64), name, LEVEL)
+    complement = None
+    if len(stats.alone) > 1:
+        share = max(least, COMPLEMENT_MARGIN * stats.everything.explained.value)  # the least where that is nan
+        complement = Figure(stats.explained_complement[name], share, stats.complement[name])
+    return replace(
+        own,
+        knows=Figure(stats.alone[name].explained, least, stats.alone[name].advantage),
+        complement=complement,
+        change=None if change is None else Figure(change, least),
+        choices=max(past.count, 1),
+    )
+
+
+def of_memory(own: Evidence, estimates: Mapping[str, Estimate], name: str, split: str) -> Evidence:
+    """The evidence with how much less the stream is worth on held-out items than in training."""
+    if own.uses is None:
+        return own
+    trained = estimates[keys.of_stream(name, f"{readings.TRAIN}_{keys.USES}")]
+    held_out = estimates[keys.of_stream(name, f"{split}_{keys.USES}")]
+    return replace(own, memory=Figure(difference(scaled(trained, WORTH), held_out), own.uses.margin))
+
+
+def of_overfitting(table: Table, estimates: Mapping[str, Estimate], past: Past) -> Evidence:
+    """The held-out loss against its best, and against the training loss."""
+    losses, then = table.figures[keys.FULL, readings.LOSS], past.best.get(keys.FULL, [])
+    if len(then) != int(table.tried.sum()):
+        return Evidence()
+    best = losses.clone()
+    best[table.tried] = -torch.tensor(then, dtype=torch.float64)
+    least = abs(ratio(float((best * table.weight)[table.tried].sum()), float(table.weight[table.tried].sum())))
+    if not least > 0:
+        return Evidence()
+    rise = Figure(table.contrast(losses - best, [], []), OVERFITTING_MARGIN * least)
+    gap = Figure(estimates[keys.of_stream(keys.FULL, keys.LOSS_GAP)], margin(least, share=False))
+    return Evidence(rise=rise, gap=gap, choices=max(past.count, 1))
+
+
+def remembered(past: Past, known: Knowledge | None, table: Table, stated: Sequence[Claim] | None) -> Past:
+    """The past with this evaluation in it; by item what is better when it is larger."""
+    now = {keys.FULL: -table.figures[keys.FULL, readings.LOSS][table.tried]}
+    if known is not None and known.stats is not None:
+        now |= known.stats.items.alone
+    best = dict(past.best)
+    for name, scores in now.items():
+        then = best.get(name, [])
+        if not bool(scores.isnan().any()) and (len(then) != len(scores) or float(scores.sum()) > math.fsum(then)):
+            best[name] = scores.tolist()
+    claimed = past.claimed if stated is None else [(claim.stream, claim.statement.value) for claim in stated]
+    return Past(past.count + 1, best, claimed)

@@ -1,0 +1,114 @@
+"""What an evaluation may claim of a stream, as findings: what was seen, what it means, what to do."""
+
+from __future__ import annotations
+
+from ddp_streammon import keys
+from ddp_streammon.config import Severity
+from ddp_streammon.evaluation import LOSS, TRAIN, Claim, Estimate, Evaluation, Statement, bounds, margin
+from ddp_streammon.rules.finding import Finding
+
+UNUSED, IGNORED, REDUNDANT, KNOWS_NOTHING, REGRESSED = "UNUSED", "IGNORED", "REDUNDANT", "NOTHING", "REGRESSED"
+MEMORISED, OVERFITTING = "MEMORISED", "OVERFITTING"
+LEARNED = 10
+"""Margins that some stream's use has to exceed: a tenth of the loss. Healthy trainings at a low learning rate had one
+stream at 1 to 2 margins while the other was still below its own; a head that ignores a stream soon uses the other by
+10 or more (this project)."""
+
+
+def findings(found: Evaluation, step: int) -> list[Finding]:
+    """The claims of a look as sentences; one that is good news, or that nothing can be told, is none.
+
+    UNUSED (warning): exchanging the stream's input costs less than the margin, while another stream's use is `LEARNED`
+    margins or more: a model that uses nothing yet has simply not learned. IGNORED (warning): unused, and its features
+    know what the others do not. REDUNDANT (info): where the model has learned as well. NOTHING (warning): a probe of
+    its features is no better than the majority class. REGRESSED (warning): its probe fell below its own best. MEMORISED
+    (warning): exchanging it costs less than half as much on held-out items as on training items. OVERFITTING (warning,
+    of no stream): the held-out loss is a quarter above its best, and above the training loss. Pure.
+    """
+    said: dict[str, dict[Statement, Claim]] = {}
+    for claim in found.claims:
+        said.setdefault(claim.stream, {})[claim.statement] = claim
+    learned = any(_is_used(found, name) for name in found.streams)
+    return [finding for name, claims in said.items() for finding in _of_stream(found, name, claims, learned, step)]
+
+
+def _is_used(found: Evaluation, name: str) -> bool:
+    uses = found.estimates.get(keys.of_stream(name, f"{found.split}_{keys.USES}"))
+    loss = found[keys.of_stream(keys.FULL, f"{found.split}_{LOSS}")]
+    return uses is not None and uses.low > LEARNED * margin(loss, share=False)
+
+
+def _of_stream(found: Evaluation, name: str, claims: dict[Statement, Claim], learned: bool, step: int) -> list[Finding]:
+    said = []
+    whom = None if name == keys.FULL else name
+
+    def add(rule: str, severity: Severity, statement: Statement, sentence: str) -> None:
+        claim = claims[statement]
+        evidence = {**claim.bounds, "level": claim.level, "p": claim.p}
+        said.append(Finding(sentence, rule=rule, severity=severity, stream=whom, step=step, evidence=evidence))
+
+    uses = _shown(found, keys.of_stream(name, f"{found.split}_{keys.USES}"), "", 1, 4)
+    knows = _shown(found, keys.of_stream(name, keys.KNOWS), " pp", 100, 1)
+    complement = _shown(found, keys.of_stream(name, keys.COMPLEMENT), " pp", 100, 1)
+    if Statement.unused in claims and learned:
+        if Statement.complementary in claims:
+            text = f"although its features add {complement} to what the others know: the head ignores it"
+            add(IGNORED, Severity.warning, Statement.unused, f"⚠️  the model does not use {name}: {_cost(uses)}, {text}")
+        else:
+            add(UNUSED, Severity.warning, Statement.unused, f"⚠️  the model does not use {name}: {_cost(uses)}")
+    if Statement.redundant in claims and learned:
+        add(
+            REDUNDANT,
+            Severity.info,
+            Statement.redundant,
+            f"{name} is redundant: its features know {knows} beyond the majority class, but add {complement} to what "
+            "the others know; do nothing",
+        )
+    if Statement.knows_nothing in claims:
+        add(
+            KNOWS_NOTHING,
+            Severity.warning,
+            Statement.knows_nothing,
+            f"⚠️  {name} knows nothing of the target: a probe of its features is {knows} above the majority class; "
+            "check that its samples belong to the labels, and that its input is not constant",
+        )
+    if Statement.regressed in claims:
+        add(
+            REGRESSED,
+            Severity.warning,
+            Statement.regressed,
+            f"⚠️  {name} knows less than it did: a probe of its features is now {knows} above the majority class, and "
+            f"at least {-100 * claims[Statement.regressed].bounds['change']:.1f} pp below its best",
+        )
+    if Statement.memorised in claims:
+        trained = _shown(found, keys.of_stream(name, f"{TRAIN}_{keys.USES}"), "", 1, 3)
+        add(
+            MEMORISED,
+            Severity.warning,
+            Statement.memorised,
+            f"⚠️  the model has memorised {name}: {_cost(trained)} on training items, but {uses} on held-out ones; "
+            "regularise or augment that stream (untested on your data)",
+        )
+    if Statement.overfitting in claims:
+        now = _shown(found, keys.of_stream(keys.FULL, f"{found.split}_{LOSS}"), "", 1, 3)
+        add(
+            OVERFITTING,
+            Severity.warning,
+            Statement.overfitting,
+            f"⚠️  the model overfits: the held-out loss is {now}, at least "
+            f"{claims[Statement.overfitting].bounds['rise']:.3f} above its best, and above the training loss; stop at "
+            "the best evaluation, or regularise (untested on your data)",
+        )
+    return said
+
+
+def _cost(uses: str) -> str:
+    return f"exchanging its input with another item's costs {uses} of loss"
+
+
+def _shown(found: Evaluation, key: str, unit: str, scale: float, digits: int) -> str:
+    estimate: Estimate | None = found.estimates.get(key)
+    if estimate is None:
+        return "nothing measured"
+    low, high = bounds(estimate)
+    return f"{scale * estimate.value:.{digits}f}{unit} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
