@@ -42,7 +42,7 @@ def torchrun(*overrides: str, folder: Path, ranks: int = 2, **environment: str) 
 def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The run directory and the output of a small main job with all sinks."""
     folder = tmp_path_factory.mktemp("main")
-    done = torchrun(*SMALL, "sinks.wandb.log_every=1", folder=folder, STREAMMON_RUN="demo")
+    done = torchrun(*SMALL, "evaluation=full", "sinks.wandb.log_every=1", folder=folder, STREAMMON_RUN="demo")
     assert done.returncode == 0, done.stderr
     return folder / "outputs" / "demo", done.stdout
 
@@ -74,7 +74,9 @@ def test_all_ranks_share_one_run_directory(main_job: tuple[Path, str]) -> None:
 
 def test_every_step_is_in_the_jsonl_file(main_job: tuple[Path, str]) -> None:
     records = read_jsonl(main_job[0] / "metrics.jsonl")
-    assert [record["type"] for record in records].count("epoch") == 2
+    assert [record["type"] for record in records].count(
+        "epoch"
+    ) == 4  # of each evaluation what the head uses, and each stream alone
     steps = [record for record in records if record["type"] == "step"]
     assert [record["step"] for record in steps] == list(range(1, 9))  # 1,200 items, 2 ranks of 128: 4 steps an epoch
     assert all(record["values"]["samples"] == 256 for record in steps)
@@ -95,18 +97,22 @@ def test_the_wandb_file_holds_what_the_jsonl_file_holds(main_job: tuple[Path, st
             if key != keys.EPOCH:
                 logged = row[keys.grouped(key, ("fou", "pix"))]
                 assert logged == value or (math.isnan(logged) and math.isnan(value)), key
+    (last,) = [row for row in rows[-2:] if "val_uses/fou" in row]
+    assert last["val_uses/fou_low"] < last["val_uses/fou"] < last["val_uses/fou_high"]
+    assert last["knows/pix_low"] < last["knows/pix"] < last["knows/pix_high"]
     assert run.config["optim"]["lr"] == 1e-3
     assert run.config["world_size"] == 2
 
 
 def test_the_same_seed_gives_the_same_run(main_job: tuple[Path, str], tmp_path: Path) -> None:
-    done = torchrun(*SMALL, "sinks.wandb.enabled=false", folder=tmp_path, STREAMMON_RUN="again")
+    again = ("evaluation=full", "sinks.wandb.enabled=false")
+    done = torchrun(*SMALL, *again, folder=tmp_path, STREAMMON_RUN="again")
     assert done.returncode == 0, done.stderr
     first, again = (
         [record["values"] for record in read_jsonl(folder / "metrics.jsonl") if record["type"] in ("step", "epoch")]
         for folder in (main_job[0], tmp_path / "outputs" / "again")
     )
-    assert len(first) == 10
+    assert len(first) == 12
     assert repr(first) == repr(again)
 
 
@@ -173,7 +179,8 @@ def test_a_users_own_model_and_data_are_a_target(tmp_path: Path) -> None:
     done = torchrun(*arguments, folder=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}", STREAMMON_RUN="own")
     assert done.returncode == 0, done.stderr
     records = read_jsonl(tmp_path / "outputs" / "own" / "metrics.jsonl")
-    epoch = next(record["values"] for record in records if record["type"] == "epoch")
+    in_use, epoch = (record["values"] for record in records if record["type"] == "epoch")
+    assert {"rgb_val_uses_low", "depth_val_uses_high"} <= set(in_use)
     assert epoch["rgb_lr"] == pytest.approx(1e-2)
     assert {"rgb_val_acc", "depth_val_acc", "rgb_vs_depth_overfit_ratio"} <= set(epoch)
     saved = torch.load(tmp_path / "outputs" / "own" / "checkpoint.pt", weights_only=True)

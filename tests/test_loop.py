@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import pytest
 import torch
 
 from ddp_streammon.sinks import read_jsonl
-from ddp_streammon.train.__main__ import composed
+from ddp_streammon.train.__main__ import composed, data_and_model
 from ddp_streammon.train.config import ConfigError, load
+from ddp_streammon.train.evaluating import budget as evaluation_budget
+from ddp_streammon.train.training import build
 from tests.application import QUIET, SMALL, train, train_ranks
+from tests.ranks import run_ranks
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -23,6 +27,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_resumed_run_ends_bit_identical(world: int, tmp_path: Path) -> None:
     overrides = [*SMALL, "trainer.checkpoint_every=2", "optim.scheduler=step", "model.modality_dropout=0.2"]
+    overrides.append(f"evaluation={'full' if world == 2 else 'fast'}")
     whole = train_ranks(world, [*overrides, "trainer.epochs=4"], tmp_path / "whole")
     train_ranks(world, [*overrides, "trainer.epochs=2"], tmp_path / "half")
     resume = f"trainer.resume={tmp_path}/half/checkpoint.pt"
@@ -32,6 +37,28 @@ def test_a_resumed_run_ends_bit_identical(world: int, tmp_path: Path) -> None:
         assert repr(whole[rank]["figures"]) == repr(resumed[rank]["figures"])
         assert whole[rank]["findings"] == resumed[rank]["findings"]
     assert str(whole[0]["saved"]["monitor"]) == str(resumed[0]["saved"]["monitor"])
+
+
+def evaluations(folder: Path) -> list[Any]:
+    """The records of what the head uses."""
+    epochs = [record for record in read_jsonl(folder / "metrics.jsonl") if record["type"] == "epoch"]
+    return [record for record in epochs if "fou_val_uses" in record["values"]]
+
+
+def steps_of_evaluations(folder: Path) -> list[int]:
+    return [record["step"] for record in evaluations(folder)]
+
+
+def test_a_resumed_run_counts_optimizer_steps_on(tmp_path: Path) -> None:
+    overrides = [*SMALL, "evaluation.every_steps=4", "optim.scheduler=none", "model.dropout_p=0.2"]
+    train([*overrides, "trainer.epochs=2"], str(tmp_path / "whole"))
+    train([*overrides, "trainer.epochs=1"], str(tmp_path / "run"))
+    assert steps_of_evaluations(tmp_path / "run") == [4, 8, 9]  # 9 steps an epoch, and one evaluation at the end
+    train([*overrides, "trainer.epochs=2"], str(tmp_path / "run"))
+    assert steps_of_evaluations(tmp_path / "run") == [4, 8, 9, 12, 16, 18]
+    assert steps_of_evaluations(tmp_path / "whole") == [4, 8, 12, 16, 18]
+    whole, resumed = (torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("whole", "run"))
+    assert same(whole["model"], resumed["model"])
 
 
 def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,12 +75,84 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path: Path, monkeypatch: pyt
 
 def test_training_with_and_without_the_monitor_is_bit_identical(tmp_path: Path) -> None:
     overrides = [*SMALL, "model.dropout_p=0.1", "optim.name=sgd"]
-    watched = train_ranks(2, overrides, tmp_path / "watched")
     alone = train_ranks(2, [*overrides, "monitor.enabled=false"], tmp_path / "alone")
-    assert same(watched[0]["saved"]["model"], alone[0]["saved"]["model"])
-    for figure in ("full_val_loss", "full_val_acc", "full_test_acc"):
-        assert watched[0]["figures"][figure] == pytest.approx(alone[0]["figures"][figure], rel=1e-12)
     assert not (tmp_path / "alone" / "metrics.jsonl").exists()
+    for name, evaluation in {
+        "off": ["evaluation=off"],
+        "fast": [],
+        "full": ["evaluation=full", "evaluation.every_steps=3", "evaluation.share=1.0"],
+    }.items():
+        watched = train_ranks(2, [*overrides, *evaluation], tmp_path / name)
+        assert same(watched[0]["saved"]["model"], alone[0]["saved"]["model"])
+        assert repr(watched[0]["figures"]) == repr(watched[1]["figures"])
+        for figure in ("full_val_loss", "full_val_acc", "full_test_acc"):
+            assert watched[0]["figures"][figure] == pytest.approx(alone[0]["figures"][figure], rel=1e-12)
+    assert steps_of_evaluations(tmp_path / "fast") == [4, 8]
+    assert steps_of_evaluations(tmp_path / "full") == [3, 6, 8]
+
+
+def test_without_an_evaluation_of_streams_the_whole_model_is_recorded(tmp_path: Path) -> None:
+    train([*SMALL, "evaluation=off"], str(tmp_path))
+    epochs = [r["values"] for r in read_jsonl(tmp_path / "metrics.jsonl") if r["type"] == "epoch"]
+    assert len(epochs) == 2
+    assert {"full_val_loss", "full_val_acc", "train_loss", "train_acc", "fou_lr", "fou_weight_norm"} <= set(epochs[0])
+    assert not {"fou_val_acc", "fou_val_uses", "full_train_acc"} & set(epochs[0])
+    assert epochs[1]["train_loss"] < epochs[0]["train_loss"]
+
+
+@pytest.mark.parametrize("depth", ["fast", "full"])
+def test_an_evaluation_is_recorded_and_said(depth: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = ["sinks.console.enabled=true", f"evaluation={depth}", "trainer.epochs=1"]
+    figures = train([*SMALL, *said], str(tmp_path)).figures
+    first, second = [r["values"] for r in read_jsonl(tmp_path / "metrics.jsonl") if r["type"] == "epoch"]
+    assert not set(first) & set(second)
+    assert {"fou_train_acc", "pix_overfitting_score", "fou_lr"} <= set(second)
+    assert figures["fou_val_uses"] == first["fou_val_uses"]
+    assert first["pix_val_uses_low"] < first["pix_val_uses"] < first["pix_val_uses_high"]
+    output = capsys.readouterr().out
+    line = f"val loss that an exchanged input costs: fou {first['fou_val_uses']:.3g} [{first['fou_val_uses_low']:.3g}, "
+    assert f"epoch 1 (step 9)\n  {line}" in output
+    assert output.count("epoch 1 (step 9)") == 1
+    assert ("fou_knows" in first) == (depth == "full")
+    assert (f"its features know, beyond the majority class, {100 * figures.get('fou_knows', 1):.1f} pp" in output) == (
+        depth == "full"
+    )
+
+
+def test_a_budget_of_seconds_limits_what_is_tried(tmp_path: Path) -> None:
+    train([*SMALL, "evaluation.seconds=1e-9", "trainer.batch_size=32", "trainer.epochs=2"], str(tmp_path))
+    found = [record["values"] for record in evaluations(tmp_path)]
+    first, second = (values["fou_val_uses_acc"] for values in found)
+    assert first * 400 == pytest.approx(round(first * 400))
+    assert second * 64 == pytest.approx(round(second * 64))  # the first one told the pace; no fewer than 64 are tried
+    assert found[1]["fou_val_uses_detectable"] > 1.5 * found[0]["fou_val_uses_detectable"]
+
+
+def _budgets(folder: str) -> tuple[float | None, float]:
+    """What rank 1's clock says was a thousand seconds longer."""
+    config = composed([*SMALL, "evaluation.share=0.5"])
+    settings = load(config)
+    training = build(settings, *data_and_model(config, settings), Path(folder), {}, torch.device("cpu"))
+    training.since -= 1000 * training.rank
+    return evaluation_budget(training), time.monotonic() - training.since
+
+
+def test_a_share_of_the_time_is_rank_0s_on_every_rank(tmp_path: Path) -> None:
+    (budget, passed), (told, longer) = run_ranks(2, _budgets, str(tmp_path))
+    assert longer > 999
+    assert told == budget
+    assert budget is not None and 0 < budget <= 0.5 * passed
+
+
+def test_a_stream_stops_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    stop = ["streams.fou.patience=1", "streams.fou.min_delta=1.0", "evaluation.every_steps=4", "trainer.epochs=1"]
+    train([*SMALL, *stop], str(tmp_path))
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["early_stopping"]["fou"]["frozen"]
+    best = iter(saved["early_stopping"]["fou"]["best_tensors"])  # as of step 4; the run ends at step 9
+    mine = [tensor for name, tensor in saved["model"].items() if name.startswith("encoders.fou.")]
+    kept = sorted(map(str, best))
+    assert kept == sorted(map(str, mine))
 
 
 def test_without_the_monitor_streams_stop_and_rates_fall_as_with_it(tmp_path: Path) -> None:
@@ -65,8 +164,9 @@ def test_without_the_monitor_streams_stop_and_rates_fall_as_with_it(tmp_path: Pa
     assert watched["early_stopping"]["fou"]["best_epoch"] == alone["early_stopping"]["fou"]["best_epoch"]
 
 
-def test_a_plateau_counts_evaluations_not_epochs_without_one(tmp_path: Path) -> None:
-    rare = ["optim.scheduler=plateau", "optim.patience=1", "monitor.evaluate_every=3", "trainer.epochs=5"]
+@pytest.mark.parametrize("cadence", ["every_epochs=3", "every_steps=25"])
+def test_a_plateau_counts_evaluations_not_epochs_without_one(cadence: str, tmp_path: Path) -> None:
+    rare = ["optim.scheduler=plateau", "optim.patience=1", f"evaluation.{cadence}", "trainer.epochs=5"]
     train([*SMALL, *rare], str(tmp_path))
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert {group["lr"] for group in saved["optimizer"]["param_groups"]} == {1e-3}
@@ -181,7 +281,10 @@ def test_the_other_experiments_run(experiment: str, streams: list[str], tmp_path
     if experiment == "htad" and find_spec("multiviewstacking") is None:
         pytest.skip("multiviewstacking is not installed")
     width = "model.width=4" if experiment == "mc_resnet" else "model.hidden=[32,16]"
-    result = train([*QUIET, f"experiment={experiment}", width, "trainer.epochs=1"], str(tmp_path))
+    depth = "evaluation=full" if experiment == "htad" else "evaluation=fast"
+    result = train([*QUIET, f"experiment={experiment}", width, "trainer.epochs=1", depth], str(tmp_path))
     for stream in streams:
         assert 0 <= result.figures[f"{stream}_val_acc"] <= 1
+        assert result.figures[f"{stream}_val_uses_low"] <= result.figures[f"{stream}_val_uses"]
     assert ("fac_without_val_acc" in result.figures) == (experiment == "mfeat_six")
+    assert ("audio_knows_low" in result.figures) == (experiment == "htad")

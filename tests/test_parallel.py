@@ -99,7 +99,7 @@ def test_the_same_layout_resumes_bit_for_bit(layout: str, world: int, options: l
     train_ranks(world, [*overrides, "trainer.epochs=2"], tmp_path / "half")
     resume = f"trainer.resume={tmp_path}/half/checkpoint.pt"
     resumed = train_ranks(world, [*overrides, "trainer.epochs=4", resume], tmp_path / "rest")
-    parts = ("model", "optimizer", "schedulers", "early_stopping", "figures", "epoch", "monitor")
+    parts = ("model", "optimizer", "schedulers", "early_stopping", "figures", "epoch", "steps", "monitor")
     assert differences(whole[0]["saved"], resumed[0]["saved"], *parts) == []
     for one, other in zip(whole, resumed, strict=True):
         assert repr(one["figures"]) == repr(other["figures"])

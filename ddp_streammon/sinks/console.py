@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TextIO, get_args
@@ -27,7 +28,8 @@ class ConsoleSink:
 
     Step reports print nothing, except a finding of severity `warning` or `error`, once, when it is raised.
     Epoch reports print the table (with the last step's gradient norms) and the findings; those that stand since
-    before are counted, not repeated.
+    before are counted, not repeated. One that says what exchanging a stream's input costs prints a line of that in the
+    table's place. Two reports of one moment have one heading.
     """
 
     in_callers_thread = True
@@ -43,6 +45,7 @@ class ConsoleSink:
         self._streams: tuple[str, ...] = ()
         self._told = Told()
         self._last_step: Mapping[str, float] = {}
+        self._heading = ""
 
     def open(self, run: RunInfo) -> None:
         """Print the inventory."""
@@ -60,13 +63,15 @@ class ConsoleSink:
             return
         news = self._told.news("epoch", report.findings)
         standing = len(report.findings) - len(news)
-        when = f"step {report.step}"
+        when = f"step {report.step}" if report.epoch is None else f"epoch {report.epoch:.4g} (step {report.step})"
+        uses = uses_lines(report.values, self._streams)
         self._print(
-            when if report.epoch is None else f"epoch {report.epoch:g} ({when})",
-            *figure_table({**self._last_step, **report.values}, self._streams),
+            *([when] if when != self._heading else []),
+            *(uses or figure_table({**self._last_step, **report.values}, self._streams)),
             *(f"  {self._sentence(finding)}" for finding in news),
-            *([f"  ({standing} unchanged)"] if standing else []),
+            *([f"  ({standing} unchanged)"] if standing and not uses else []),
         )
+        self._heading = when
 
     def close(self, outcome: Outcome) -> None:
         """Print the summary."""
@@ -96,6 +101,18 @@ def figure_table(values: Mapping[str, float], streams: Sequence[str]) -> list[st
     of_model = {figure: values.get(keys.of_stream(keys.FULL, figure), values.get(figure)) for figure in _WHOLE_MODEL}
     whole = [f"{figure} {_cell(value)}" for figure, value in of_model.items() if value is not None]
     return [*lines, *([f"  whole model: {', '.join(whole)}"] if whole else [])]
+
+
+def uses_lines(values: Mapping[str, float], streams: Sequence[str]) -> list[str]:
+    """What exchanging each stream's input costs, a line for each set of items."""
+    costs: dict[str, list[str]] = {}
+    for key, value in values.items():
+        parts = keys.parse(key, streams)
+        if parts.stream in streams and parts.figure.endswith(f"_{keys.USES}"):
+            low, high = (values.get(keys.bound(key, which), math.nan) for which in (keys.LOW, keys.HIGH))
+            split = parts.figure.removesuffix(f"_{keys.USES}")
+            costs.setdefault(split, []).append(f"{parts.stream} {value:.3g} [{low:.3g}, {high:.3g}]")
+    return [f"  {split} loss that an exchanged input costs: {', '.join(told)}" for split, told in costs.items()]
 
 
 def _cell(value: float | None) -> str:

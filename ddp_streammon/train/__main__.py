@@ -23,7 +23,8 @@ from torch import nn
 from ddp_streammon import keys
 from ddp_streammon.report import describe_action
 from ddp_streammon.streams import StreamSet
-from ddp_streammon.train.config import AppConfig, ConfigError, check_ranks, load
+from ddp_streammon.train import checkpoint
+from ddp_streammon.train.config import ONLY, AppConfig, ConfigError, check_ranks, load, reduced
 from ddp_streammon.train.data import StreamData
 from ddp_streammon.train.loop import Result, run
 from ddp_streammon.train.training import seed_all, stream_specs
@@ -55,10 +56,11 @@ def _application(config: DictConfig) -> None:
         check_ranks(settings, int(os.environ.get("WORLD_SIZE", "1")))
         seed_all(settings.trainer.seed)
         data, model = data_and_model(config, settings)
+        solo = solo_models(config, settings, data)
         run_dir = Path(HydraConfig.get().runtime.output_dir)
-        plain = OmegaConf.to_container(config, resolve=True)
+        plain = OmegaConf.to_container(reduced(config), resolve=True)
         assert isinstance(plain, dict)
-        result = run(settings, data, model, run_dir, {str(key): value for key, value in plain.items()})
+        result = run(settings, data, model, run_dir, {str(key): value for key, value in plain.items()}, solo)
     except ConfigError as error:
         raise SystemExit(f"configuration error: {error}") from None
     if _rank() == 0:
@@ -130,24 +132,60 @@ def explain(arguments: list[str]) -> str:
 def data_and_model(config: DictConfig, settings: AppConfig) -> tuple[StreamData, nn.Module]:
     """The data set and the model that the configuration names by `_target_`.
 
-    A model's function is given `streams` (name -> shape of a sample) and `num_classes` if it takes them.
+    A model's function is given `streams` (name -> shape of a sample) and `num_classes` if it takes them. With
+    `streams.only` both are of that stream alone.
     """
+    only = config.streams.get(ONLY)
+    config = reduced(config)
     data = _instantiated("data", config.data, {})
     if not isinstance(data, StreamData):
         raise ConfigError(f"data._target_ must give a StreamData (ddp_streammon.train.data), got {type(data).__name__}")
+    if only in data.streams and len(data.streams) > 1:
+        data = data.only(only)
     if set(data.streams) != set(settings.streams):
         raise ConfigError(
             f"the data have the streams {', '.join(data.streams)}, the configuration {', '.join(settings.streams)}; "
             "choose the group that fits, e.g. streams=mfeat_six"
         )
-    model = _instantiated("model", config.model, {"streams": data.streams, "num_classes": data.num_classes})
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model._target_ must give an nn.Module, got {type(model).__name__}")
+    model = _model(config, data)
+    if only is not None:
+        _check_reducible(config, f"streams.only={only}")
     try:
         StreamSet.resolve(model, stream_specs(settings.streams))
     except ValueError as error:
         raise ConfigError(f"streams: {error}") from error
     return data, model
+
+
+def solo_models(config: DictConfig, settings: AppConfig, data: StreamData) -> dict[str, list[nn.Module]]:
+    """By stream the models of it alone that `evaluation.solo` names, with their weights, on the CPU."""
+    config = reduced(config)
+    found: dict[str, list[nn.Module]] = {}
+    for name, files in settings.evaluation.solo.items():
+        key = f"evaluation.solo.{name}"
+        _check_reducible(config, key)
+        for file in files:
+            model = _model(config, data.only(name))
+            model.load_state_dict(checkpoint.load(file, model, key)["model"])
+            found.setdefault(name, []).append(model)
+    return found
+
+
+def _model(config: DictConfig, data: StreamData) -> nn.Module:
+    model = _instantiated("model", config.model, {"streams": data.streams, "num_classes": data.num_classes})
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model._target_ must give an nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _check_reducible(config: DictConfig, key: str) -> None:
+    """ConfigError unless the model is built for the streams that it is given."""
+    target = config.model.get("_target_")
+    if target and ("streams" not in _parameters(target) or "streams" in config.model):
+        raise ConfigError(
+            f"{key} needs a model that is built for the streams it is given: let {target} take `streams` (name -> "
+            "shape of a sample), and do not set model.streams"
+        )
 
 
 def _instantiated(group: str, node: DictConfig, offered: Mapping[str, Any]) -> Any:

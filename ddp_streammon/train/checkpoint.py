@@ -15,13 +15,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils._pytree import tree_map_only
 
 from ddp_streammon.collective import Collective
-from ddp_streammon.train.config import AUTO, ConfigError
+from ddp_streammon.train.config import AUTO, CHECKPOINT, ConfigError
 from ddp_streammon.train.sharded import laid_out, whole
 
-FILE = "checkpoint.pt"
-"""Its name in the run directory."""
-
-KEYS = frozenset(("epoch", "model", "optimizer", "scaler", "schedulers", "monitor", "rng", "figures"))
+KEYS = frozenset(("epoch", "steps", "model", "optimizer", "scaler", "schedulers", "monitor", "rng", "figures"))
 """What tells a checkpoint of the application from other files."""
 
 
@@ -33,7 +30,7 @@ def find(resume: str | None, run_dir: Path, collective: Collective) -> Path | No
     """
     if resume is None:
         return None
-    own = run_dir / FILE
+    own = run_dir / CHECKPOINT
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # some hosts' ranks may know, others not
     seen, known = zip(*collective.gather((own.is_file(), restarted)), strict=True)
     if resume != AUTO and not any(known):
@@ -116,23 +113,26 @@ def save(path: Path, state: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def load(path: str | Path, model: nn.Module) -> dict[str, Any]:
+def load(path: str | Path, model: nn.Module, key: str = "trainer.resume") -> dict[str, Any]:
     """Read a checkpoint onto the CPU: tensors and plain values only, so that a file from elsewhere cannot run code.
 
+    `key` is where the configuration names the file.
     Errors: ConfigError for a file that is no checkpoint of this application, or one of another model.
     """
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle each have their own
-        raise ConfigError(f"trainer.resume: {str(path)!r} is no checkpoint ({type(error).__name__})") from error
+        raise ConfigError(f"{key}: {str(path)!r} is no checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or not state.keys() >= KEYS:
-        raise ConfigError(f"trainer.resume: {str(path)!r} holds no run of this application; give its checkpoint.pt")
+        raise ConfigError(f"{key}: {str(path)!r} holds no run of this application; give its {CHECKPOINT}")
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     saved = {name: tensor.shape for name, tensor in state["model"].items()}
     if own != saved:
         names = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
+        remedy = "resume with the configuration that it was trained with, or say trainer.resume=null to start anew"
+        if key != "trainer.resume":
+            remedy = "give this run the model's options that it was trained with"
         raise ConfigError(
-            f"trainer.resume: {str(path)!r} is of another model ({', '.join(names[:3])} and their like differ): "
-            "resume with the configuration that it was trained with, or say trainer.resume=null to start anew"
+            f"{key}: {str(path)!r} is of another model ({', '.join(names[:3])} and their like differ): {remedy}"
         )
     return state

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from ddp_streammon import keys
@@ -15,6 +17,8 @@ from ddp_streammon.train.sections import (
     AUTO,
     AppConfig,
     Device,
+    Effort,
+    EvaluationSection,
     Layout,
     ParallelSection,
     Precision,
@@ -25,9 +29,12 @@ from ddp_streammon.train.sections import (
 
 __all__ = [
     "AUTO",
+    "CHECKPOINT",
     "AppConfig",
     "ConfigError",
     "Device",
+    "Effort",
+    "EvaluationSection",
     "Layout",
     "ParallelSection",
     "Precision",
@@ -36,7 +43,12 @@ __all__ = [
     "check_ranks",
     "load",
     "monitor_config",
+    "reduced",
 ]
+CHECKPOINT = "checkpoint.pt"
+"""Its name in a run directory."""
+ONLY = "only"
+"""Under `streams`, where all other keys are streams: the one that is trained alone."""
 
 
 class ConfigError(ValueError):
@@ -57,8 +69,32 @@ def monitor_config(config: AppConfig) -> MonitorConfig:
     )
 
 
+def reduced(config: DictConfig) -> DictConfig:
+    """The configuration without `streams.only`, and with that stream alone where it names one.
+
+    Errors: ConfigError for a stream that there is not.
+    """
+    if ONLY not in config.streams:
+        return config
+    result = copy.deepcopy(config)
+    with flag_override(result, "struct", False):
+        only = result.streams.pop(ONLY)
+        names = [str(name) for name in result.streams]
+        if only is not None and only not in names:
+            raise ConfigError(
+                f"streams.only must name one of the streams {', '.join(names)} (or be null), got {only!r}; "
+                f"nearest: {', '.join(keys.nearest(str(only), names, count=1))}"
+            )
+        for name in names if only is not None else ():
+            if name != only:
+                result.streams.pop(name)
+                result.optim.streams.pop(name, None)
+    return result
+
+
 def load(config: DictConfig) -> AppConfig:
     """The composed configuration as checked dataclasses. Errors: ConfigError, one sentence each."""
+    config = reduced(config)
     try:
         streams = _entries("streams", config.streams, StreamSection)
         stream_optims = _entries("optim.streams", config.optim.streams, StreamOptimSection)
@@ -86,6 +122,11 @@ def load(config: DictConfig) -> AppConfig:
             f"trainer.precision=fp16 needs a GradScaler, which works with parallel=ddp only, got "
             f"parallel={loaded.parallel.name.value}; say trainer.precision=bf16, or parallel=ddp"
         )
+    if loaded.evaluation.name is Effort.full and not loaded.monitor.enabled:
+        raise ConfigError(
+            "evaluation=full needs the monitor, got monitor.enabled=false: drop one of them, or say evaluation=off"
+        )
+    loaded.evaluation.solo = _solo(loaded.evaluation.solo, streams)
     loaded.streams = streams
     loaded.optim.streams = stream_optims
     try:
@@ -101,6 +142,36 @@ def check_ranks(config: AppConfig, world_size: int) -> None:
         config.parallel.check(world_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _solo(given: Any, streams: Mapping[str, Any]) -> dict[str, list[Path]]:
+    """By stream the checkpoints that `evaluation.solo` names."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"evaluation.solo must be a mapping of streams to runs, '{{{next(iter(streams))}: [RUN_DIR, RUN_DIR]}}', "
+            f"got {given!r}"
+        )
+    return {str(name): _runs(str(name), runs, streams) for name, runs in given.items()}
+
+
+def _runs(name: str, given: Any, streams: Mapping[str, Any]) -> list[Path]:
+    key = f"evaluation.solo.{name}"
+    if name not in streams:
+        raise ConfigError(f"{key}: there is no such stream; streams: {', '.join(streams)}")
+    if not isinstance(given, list) or len(given) < 2:
+        raise ConfigError(
+            f"{key} must be a list of at least two runs (trained with streams.only={name} and different trainer.seed), "
+            f"since seeds differ by as much as models do; got {given!r}"
+        )
+    files = [Path(str(run)) / CHECKPOINT if Path(str(run)).is_dir() else Path(str(run)) for run in given]
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(f"{key}: there is no file {str(file)!r}; give run directories or their {CHECKPOINT}")
+    if len({file.resolve() for file in files}) < len(files):
+        raise ConfigError(f"{key} names a run twice: {', '.join(map(str, files))}; give one of each seed")
+    return files
 
 
 Section = TypeVar("Section")

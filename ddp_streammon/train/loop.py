@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from ddp_streammon import keys
 from ddp_streammon.rules.finding import Finding
 from ddp_streammon.sinks.guard import EXIT_SECONDS
 from ddp_streammon.train import checkpoint, parallel
-from ddp_streammon.train.config import AppConfig
+from ddp_streammon.train.config import CHECKPOINT, AppConfig
 from ddp_streammon.train.data import StreamData
-from ddp_streammon.train.evaluating import Sums, evaluate, evaluated
+from ddp_streammon.train.evaluating import Sums, evaluate, tested
 from ddp_streammon.train.process import process_group, sigterm_unwinds
 from ddp_streammon.train.training import JSONL, Training, build, seed_all, state_of
 
@@ -43,16 +43,24 @@ class Result:
     """What was written, and where: `JSONL file`, `W&B run`."""
 
 
-def run(config: AppConfig, data: StreamData, model: nn.Module, run_dir: Path, settings: Mapping[str, Any]) -> Result:
+def run(
+    config: AppConfig,
+    data: StreamData,
+    model: nn.Module,
+    run_dir: Path,
+    settings: Mapping[str, Any],
+    solo: Mapping[str, Sequence[nn.Module]] | None = None,
+) -> Result:
     """Train `model` on `data` in this process and, under torchrun, with its peers.
 
     Seed before the model is made (`seed_all`), or its first weights are others each time.
 
-    `settings` is the resolved configuration, for the sinks. Every rank calls it with the same arguments. SIGTERM ends
-    it as an exception would: records are brought to disk, and the process exits with code 143.
+    `settings` is the resolved configuration, for the sinks; `solo` are models of one stream each, by stream. Every
+    rank calls it with the same arguments. SIGTERM ends it as an exception would: records are brought to disk, and the
+    process exits with code 143.
     """
     with sigterm_unwinds(), process_group(config.trainer) as device:
-        return _run(config, data, model, run_dir, settings, device)
+        return _run(config, data, model, run_dir, settings, device, solo)
 
 
 def _run(
@@ -62,15 +70,15 @@ def _run(
     run_dir: Path,
     settings: Mapping[str, Any],
     device: torch.device,
+    solo: Mapping[str, Sequence[nn.Module]] | None,
 ) -> Result:
     """`run` within its process group. What is wrapped around the model is gone when it returns: the last reference to
     a gloo group must not be DDP's, which drops it with the GIL held while the group's own threads may wait for that."""
-    training = build(config, data, model, run_dir, settings, device)
+    training = build(config, data, model, run_dir, settings, device, solo)
     exit_code = 1
     try:
         _train(training)
-        if data.test is not None:
-            training.figures |= evaluated(training, "test", data.test)
+        training.figures |= tested(training)
         exit_code = 0
     finally:
         if training.monitor is not None:
@@ -88,7 +96,7 @@ def _records(training: Training) -> dict[str, str]:
 
 
 def _train(training: Training) -> None:
-    config = training.config.trainer
+    config, evaluation = training.config.trainer, training.config.evaluation
     loader, sampler = train_loader(training)
     for epoch in range(training.epoch, config.epochs):
         if sampler is not None:
@@ -98,8 +106,10 @@ def _train(training: Training) -> None:
         sums = train_epoch(training, loader, epoch)
         training.epoch = epoch + 1
         last = training.epoch == config.epochs
-        if last or training.epoch % training.config.monitor.evaluate_every == 0:
-            evaluate(training, sums)
+        if evaluation.ends(training.epoch):
+            _evaluate(training, sums, training.epoch)
+        elif last and training.evaluated_at != training.steps:
+            evaluate(training, sums, training.epoch)
         _schedule(training)
         stop = training.all_stopped
         if config.checkpoint_every and (last or stop or training.epoch % config.checkpoint_every == 0):
@@ -160,6 +170,8 @@ def train_epoch(training: Training, loader: DataLoader[Any], epoch: int) -> Sums
         if at_boundary:
             _optimizer_step(training, of_step, epoch)
             of_epoch.add(of_step.loss / of_step.items, of_step.correct, of_step.items)
+            if training.config.evaluation.due(training.steps):
+                _evaluate(training, of_epoch, epoch + (number + 1) / micro_batches)
             of_step = Sums(zero.clone(), zero.clone())
     return of_epoch
 
@@ -179,21 +191,34 @@ def _optimizer_step(training: Training, of_step: Sums, epoch: int) -> None:
     training.scaler.step(training.optimizer)
     training.scaler.update()
     training.optimizer.zero_grad(set_to_none=False)
+    training.steps += 1
 
 
-def _schedule(training: Training) -> None:
-    """Stream early stopping and the learning rates, from figures that are equal on every rank."""
-    accuracy = {
+def _evaluate(training: Training, sums: Sums, epoch: float) -> None:
+    """An evaluation at its regular time, and what follows from it: streams that have stopped improving stop."""
+    evaluate(training, sums, epoch)
+    training.new_figures = True
+    if training.early_stopping is None:
+        return
+    stopped = training.early_stopping.update(_accuracy(training), training.epoch)
+    for name in stopped if training.rank == 0 else ():
+        _log.info("stream %s stopped after epoch %.4g: best weights restored", name, epoch)
+    if stopped:
+        parallel.share_buffers(training.wrapped, training.collective)
+
+
+def _accuracy(training: Training) -> dict[str, float]:
+    return {
         name: training.figures.get(keys.of_stream(name, keys.VAL_ACC), math.nan)
         for name in (keys.FULL, *training.streams.user_names)
     }
-    evaluated = training.epoch % training.config.monitor.evaluate_every == 0
-    if training.early_stopping is not None and evaluated:
-        for name in training.early_stopping.update(accuracy, training.epoch):
-            if training.rank == 0:
-                _log.info("stream %s stopped after epoch %d: best weights restored", name, training.epoch)
-    if training.schedulers is not None and (evaluated or not training.follows_metrics):
-        training.schedulers.step(accuracy)
+
+
+def _schedule(training: Training) -> None:
+    """The learning rates of the next epoch, from figures that are equal on every rank."""
+    if training.schedulers is not None and (training.new_figures or not training.follows_metrics):
+        training.schedulers.step(_accuracy(training))
+    training.new_figures = False
 
 
 def _save(training: Training) -> None:
@@ -201,4 +226,4 @@ def _save(training: Training) -> None:
     state = state_of(training)
     if training.rank == 0:
         training.sinks.flush(EXIT_SECONDS)
-        checkpoint.save(training.run_dir / checkpoint.FILE, state)
+        checkpoint.save(training.run_dir / CHECKPOINT, state)

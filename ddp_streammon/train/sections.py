@@ -12,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from ddp_streammon.config import RuleSet, Severity
+from ddp_streammon.evaluation import ITEMS
 from ddp_streammon.sinks.wandb import MODES
 from ddp_streammon.train.early_stopping import Criteria
 from ddp_streammon.train.optim import Schedule, StreamOptim
@@ -56,6 +57,12 @@ class Layout(str, Enum):
     ddp = "ddp"
     fsdp2 = "fsdp2"
     hsdp = "hsdp"
+
+
+class Effort(str, Enum):
+    off = "off"
+    fast = "fast"
+    full = "full"
 
 
 @dataclass
@@ -144,15 +151,58 @@ class MonitorSection:
     local_gradients: bool = False
     """Measure each rank's own gradient too (parallel=ddp)."""
     history_limit: int = 10_000
-    evaluate_every: int = 1
-    """Epochs between two evaluations of the streams."""
-    max_batches: int | None = None
-    """Limit of an evaluation, in batches of each split over all ranks; null: all."""
 
     def __post_init__(self) -> None:
-        _at_least("monitor", self, every=1, evaluate_every=1)
-        if self.max_batches is not None:
-            _at_least("monitor", self, max_batches=1)
+        _at_least("monitor", self, every=1)
+
+
+@dataclass
+class EvaluationSection:
+    """What is evaluated, how often, and at which cost."""
+
+    name: Effort = Effort.fast
+    """off: loss and accuracy of the whole model; fast: each stream alone, and what exchanging its input costs; full:
+    with the training items, what each stream knows too."""
+    every_epochs: int | None = None
+    """Epochs between two evaluations; null: 1, unless `every_steps` is given."""
+    every_steps: int | None = None
+    """Optimizer steps between two evaluations, counted over the whole run. The last epoch always ends in one."""
+    limit: int | None = ITEMS
+    """Items tried with exchanged inputs; null: all."""
+    seconds: float | None = None
+    """What trying them may take, from the second evaluation on; null: no budget."""
+    share: float | None = None
+    """The same as a share of the wall time since the last evaluation."""
+    max_batches: int | None = None
+    """Limit of an evaluation, in batches of each split over all ranks; null: all."""
+    solo: Any = None
+    """full: by stream the run directories (or checkpoints) of models of it alone, at least two seeds of each."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_epochs", "every_steps", "limit", "max_batches"):
+            if getattr(self, name) is not None:
+                _at_least("evaluation", self, **{name: 1})
+        if self.every_epochs is not None and self.every_steps is not None:
+            raise ValueError(
+                f"evaluation.every_epochs={self.every_epochs} and evaluation.every_steps={self.every_steps} exclude "
+                "each other: say one of them"
+            )
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ValueError(f"evaluation.seconds must be a positive number (or null), got {self.seconds}")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ValueError(f"evaluation.share must be above 0 and at most 1 (or null), got {self.share}")
+        if self.seconds is not None and self.share is not None:
+            raise ValueError("evaluation.seconds and evaluation.share are two budgets for the same: say one of them")
+        if self.solo is not None and self.name is not Effort.full:
+            raise ValueError(f"evaluation.solo needs evaluation=full, got evaluation={self.name.value}")
+
+    def ends(self, epochs: int) -> bool:
+        """Whether the end of epoch number `epochs` is a time to evaluate."""
+        return self.every_steps is None and epochs % (self.every_epochs or 1) == 0
+
+    def due(self, steps: int) -> bool:
+        """Whether there is to be an evaluation after so many optimizer steps."""
+        return self.every_steps is not None and steps % self.every_steps == 0
 
 
 @dataclass
@@ -273,6 +323,7 @@ class AppConfig:
     streams: dict[str, Any] = MISSING
     optim: OptimSection = field(default_factory=OptimSection)
     monitor: MonitorSection = field(default_factory=MonitorSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     rules: RulesSection = field(default_factory=RulesSection)
     sinks: SinksSection = field(default_factory=SinksSection)
     trainer: TrainerSection = field(default_factory=TrainerSection)

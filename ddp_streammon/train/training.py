@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ddp_streammon.train.config import AppConfig, Precision, StreamSection, chec
 from ddp_streammon.train.data import StreamData
 from ddp_streammon.train.early_stopping import Criteria, StreamEarlyStopping
 from ddp_streammon.train.optim import StreamOptim, StreamSchedulers, build_optimizer, stream_param_groups
+from ddp_streammon.train.solo import SoloReferences
 
 _log = logging.getLogger("ddp_streammon")
 JSONL = "metrics.jsonl"
@@ -51,8 +53,19 @@ class Training:
     criterion: nn.Module
     sinks: FanOut
     wandb: WandbSink | None = None
+    solo: SoloReferences | None = None
     epoch: int = 0
+    """Epochs that are done."""
+    steps: int = 0
+    """Optimizer steps that are done."""
     figures: dict[str, float] = field(default_factory=dict)
+    """Of the last evaluation."""
+    evaluated_at: int = -1
+    """How many steps were done at the last evaluation."""
+    new_figures: bool = False
+    """Whether there was an evaluation, of those that come at regular intervals, since rates were last scheduled."""
+    since: float = field(default_factory=time.monotonic)
+    """When the last evaluation ended, on this rank's clock."""
 
     @property
     def rank(self) -> int:
@@ -88,8 +101,11 @@ def build(
     run_dir: Path,
     settings: Mapping[str, Any],
     device: torch.device,
+    solo: Mapping[str, Sequence[nn.Module]] | None = None,
 ) -> Training:
     """Everything that training is made of, on this rank; the checkpoint is read where there is one to go on from.
+
+    `solo`: by stream models that were trained on it alone, to compare with.
 
     Errors: ConfigError for a number of ranks that cannot be laid out as asked for, and for a checkpoint that does not
     fit. Comm: the layout's (`parallel.wrap`), the monitor's, an all_gather_object.
@@ -146,6 +162,7 @@ def build(
         criterion=getattr(model, "criterion", None) or nn.CrossEntropyLoss(),
         sinks=sinks,
         wandb=wandb_sink,
+        solo=SoloReferences(solo, specs, streams.user_names, device) if solo else None,
     )
     seed_all(config.trainer.seed + training.rank)  # dropout and augmentation differ between ranks
     if saved is not None:
@@ -193,6 +210,7 @@ def state_of(training: Training) -> dict[str, Any]:
     early_stopping, monitor, schedulers = training.early_stopping, training.monitor, training.schedulers
     return {
         "epoch": training.epoch,
+        "steps": training.steps,
         "model": checkpoint.model_state(training.model),
         "optimizer": checkpoint.optimizer_state(training.optimizer),
         "scaler": training.scaler.state_dict(),
@@ -207,7 +225,7 @@ def state_of(training: Training) -> dict[str, Any]:
 
 def restore(training: Training, state: Mapping[str, Any]) -> None:
     """Go on from what `state_of` gave. Comm: scatters to ranks where parameters are sharded."""
-    training.epoch = state["epoch"]
+    training.epoch, training.steps = state["epoch"], state["steps"]
     training.figures = dict(state["figures"])
     checkpoint.load_model(training.model, state["model"])
     checkpoint.load_optimizer(training.optimizer, state["optimizer"])

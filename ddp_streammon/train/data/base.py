@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,32 @@ class StreamData:
     """The training items without augmentation."""
     collate: Callable[[list[Any]], Any] | None = None
     """collate_fn of a DataLoader; None is torch's default."""
+
+    def only(self, stream: str) -> StreamData:
+        """The same items with this stream's input alone."""
+        place = list(self.streams).index(stream)
+        return replace(
+            self,
+            train=_OneStream(self.train, place),
+            validation=_OneStream(self.validation, place),
+            test=None if self.test is None else _OneStream(self.test, place),
+            train_eval=_OneStream(self.train_eval, place),
+            streams={stream: self.streams[stream]},
+        )
+
+
+class _OneStream(Dataset[Item]):
+    """The items of a map-style data set as (x of one stream, target)."""
+
+    def __init__(self, items: Dataset[Item], place: int) -> None:
+        self._items, self._place = items, place
+
+    def __len__(self) -> int:
+        return len(self._items)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Item:
+        item = self._items[index]
+        return item[self._place], item[-1]
 
 
 def standardised(x: Tensor, train: Tensor) -> Tensor:
