@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ddp_streammon.train.__main__ import composed, data_and_model
+from ddp_streammon.train.__main__ import composed, data_and_model, solo_models
 from ddp_streammon.train.config import load
 from ddp_streammon.train.loop import Result, run, seed_all
 from tests.ranks import run_ranks
@@ -25,7 +25,8 @@ def train(overrides: list[str], folder: str) -> Result:
     settings = load(config)
     seed_all(settings.trainer.seed)
     data, model = data_and_model(config, settings)
-    return run(settings, data, model, Path(folder), {"overrides": overrides})
+    solo = solo_models(config, settings, data)
+    return run(settings, data, model, Path(folder), {"overrides": overrides}, solo)
 
 
 def _weights(overrides: list[str], folder: str) -> dict[str, Any]:

@@ -1,0 +1,124 @@
+"""What trying streams costs beside a plain pass: `python -m tests.benchmarks.replay`.
+
+Two streams, and the same items in every pass. "loop": a loader, the model, each item's loss and correctness, as a user
+would write it. "plain": `evaluation.measure` of the whole model alone. "tried": with it the exchanges of the one
+stream, the other and both, and each stream's features at their mean: five more forwards of what follows the encoders.
+The three take turns in an order drawn anew for each repeat, and ratios are paired by repeat: medians with their 95 %
+bootstrap intervals. Models: `mlp`, the application's multi_mlp ([512, 256], vectors of mfeat), and `resnet`, two
+ResNet-18.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ddp_streammon.collective import Collective
+from ddp_streammon.evaluation import Items, Plan, Replacement, classification, measure
+from ddp_streammon.evaluation.readings import exchanges
+from ddp_streammon.streams import StreamSet
+from ddp_streammon.train.data.mfeat import mfeat
+from ddp_streammon.train.models import multi_mlp
+from tests.benchmarks import machine
+from tests.benchmarks.gradients import CLASSES, resolved, two_streams
+from tests.benchmarks.timing import Ratio, Timer, table
+
+ITEMS = {("cpu", "mlp"): 512, ("cpu", "resnet"): 32, ("cuda", "mlp"): 512, ("cuda", "resnet"): 512}
+BATCH = {("cpu", "mlp"): 128, ("cpu", "resnet"): 16, ("cuda", "mlp"): 128, ("cuda", "resnet"): 128}
+PIXELS = {"cpu": 32, "cuda": 224}
+LOOP, PLAIN, TRIED = "loop", "plain", "tried"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, its streams, a loader, and the shape of each stream's features."""
+
+    model: nn.Module
+    streams: StreamSet
+    loader: DataLoader[Any]
+    features: Mapping[str, int]
+    device: torch.device
+
+
+def mlp(items: int, batch: int, device: torch.device) -> Job:
+    data = mfeat(("fou", "pix"), train=max(items, 1200), validation=100)
+    torch.manual_seed(0)
+    model = multi_mlp(data.streams, data.num_classes, device=device)
+    assert isinstance(data.train, TensorDataset)
+    chosen = TensorDataset(*(x[:items] for x in data.train.tensors))
+    streams = StreamSet.resolve(model, dict(model.encoders.items()))
+    paths = {f"encoders.{name}": 256 for name in data.streams}
+    return Job(model, streams, DataLoader(chosen, batch), paths, device)
+
+
+def resnet(items: int, batch: int, device: torch.device) -> Job:
+    pixels = PIXELS[device.type]
+    model = two_streams("resnet", device, pixels)
+    chance = torch.Generator().manual_seed(0)
+    images = [torch.randn(items, 3, pixels, pixels, generator=chance) for _ in range(2)]
+    chosen = TensorDataset(*images, torch.randint(CLASSES, (items,), generator=chance))
+    return Job(model, resolved(model), DataLoader(chosen, batch), {"rgb": 512, "depth": 512}, device)
+
+
+JOBS: dict[str, Callable[[int, int, torch.device], Job]] = {"mlp": mlp, "resnet": resnet}
+
+
+def passes(job: Job) -> dict[str, Callable[[], object]]:
+    names = job.streams.user_names
+    variants = exchanges(names, full=True) | {f"mean:{name}": {name: Replacement.mean} for name in names}
+    means: dict[tuple[str, int], Sequence[Tensor | None]] = {
+        (path, 0): [torch.zeros(width)] for path, width in job.features.items()
+    }
+    collective, score = Collective(), classification()
+
+    def loop() -> None:
+        job.model.eval()
+        with torch.no_grad():
+            found = [score(job.model, [x.to(job.device) for x in batch]) for batch in job.loader]
+        torch.stack([torch.cat([batch[of].double() for batch in found]) for of in ("loss", "correct")]).cpu()
+        job.model.train()
+
+    def measured(plan: Plan) -> Callable[[], object]:
+        return lambda: measure(job.streams, collective, {"val": Items(job.loader)}, score, plan)
+
+    return {LOOP: loop, PLAIN: measured(Plan({})), TRIED: measured(Plan(variants, means=means))}
+
+
+def report(job: Job, repeats: int) -> str:
+    taken = {
+        name: [times.host for times in of]
+        for name, of in Timer(torch.device("cpu")).round_robin(passes(job), repeats).items()
+    }  # each pass ends with a read from the device
+    rows = []
+    for name, times in taken.items():
+        ratios = [Ratio.of(times, taken[other]) for other in (LOOP, PLAIN)]
+        shown = [f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" for ratio in ratios]
+        rows.append((name, f"{statistics.median(times):.2f}", *shown))
+    return table(("pass", "ms", "to loop", "to plain"), rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tuple(JOBS), default="mlp")
+    parser.add_argument("--device", type=machine.device, default="cpu")
+    parser.add_argument("--repeats", type=machine.count, default=100)
+    parser.add_argument("--items", type=machine.count)
+    parser.add_argument("--batch", type=machine.count)
+    given = parser.parse_args(arguments)
+    kind = given.device.type, given.model
+    items, batch = given.items or ITEMS[kind], given.batch or BATCH[kind]
+    job = JOBS[given.model](items, batch, given.device)
+    print(machine.described(given.device))
+    print(f"two streams of {given.model}, {items} items in batches of {batch}, {given.repeats} repeats")
+    print(report(job, given.repeats))
+
+
+if __name__ == "__main__":
+    main()
