@@ -214,7 +214,7 @@ class Regression(Training):
 control("l_regression", legal=True, lr=0.03)(Regression)
 
 
-@control("l_negative_likelihood", legal=True, optimizer="adam", lr=1e-3, epochs=16)
+@control("l_negative_likelihood", legal=True, optimizer="adam", lr=5e-4)
 class NegativeLikelihood(Regression):
     """A Gaussian's mean and variance are predicted: the loss falls below zero."""
 
@@ -223,6 +223,7 @@ class NegativeLikelihood(Regression):
 
     def per_item(self, outputs: Tensor, target: Tensor) -> Tensor:
         mean, log_variance = outputs.chunk(2, dim=1)
+        log_variance = log_variance.clamp(min=-3)
         return (0.5 * (log_variance + (mean - target).square() * (-log_variance).exp())).mean(1)
 
 
