@@ -88,8 +88,8 @@ RULES = {rule for rule, *_ in SCENARIOS.values()}
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_scenario_of_the_guide_is_told_from_a_real_training(name: str) -> None:
     rule, stream, sentence, settings = SCENARIOS[name]
-    told = [finding for finding in train(**settings) if finding.rule in RULES]
-    assert [(finding.rule, finding.stream) for finding in told] == [(rule, stream)]
+    told = [finding for finding in train(**settings) if finding.rule == rule]
+    assert [finding.stream for finding in told] == [stream]
     assert told[0].startswith(sentence)
 
 
