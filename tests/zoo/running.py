@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import json
 import math
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,6 @@ class Watchers:
     def __init__(self, adapters: dict[str, Adapter]) -> None:
         self.adapters = adapters
         self.errors: dict[str, str] = {}
-        self.cpu = dict.fromkeys(adapters, 0.0)
 
     def tell(self, method: str, *arguments: Any) -> None:
         for name in self.adapters:
@@ -47,15 +45,11 @@ class Watchers:
         """What an adapter answers; None once it has raised."""
         if name in self.errors:
             return None
-        began = time.thread_time()
         try:
             return getattr(self.adapters[name], method)(*arguments)
         except Exception:
             self.errors[name] = traceback.format_exc(limit=-6)
             return None
-        finally:
-            if method in ("on_batch", "on_after_backward", "on_after_step"):
-                self.cpu[name] += time.thread_time() - began
 
 
 def adapter_class(spec: str) -> type[Adapter]:
@@ -84,7 +78,6 @@ def run_here(case_name: str, monitors: Sequence[str], offset: int = 0, **changes
         *(outcome.loss, outcome.accuracy, outcome.seconds),
         verdicts,
         watchers.errors,
-        {name: 1e3 * seconds / outcome.steps for name, seconds in watchers.cpu.items()},
     )
 
 

@@ -50,8 +50,6 @@ class Run:
     verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     """Monitor -> the traceback of what it raised."""
-    cpu: dict[str, float] = field(default_factory=dict)
-    """Monitor -> milliseconds of CPU a step on rank 0."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +140,6 @@ class Score:
     """Faults found in most of their runs."""
     kinds: int
     """Faults that were run at all."""
-    cpu: float
-    """Median milliseconds of CPU a step."""
     errors: int
 
 
@@ -178,7 +174,6 @@ def score(monitor: str, runs: Sequence[Run]) -> Score:
         windowed=_share(_within(said, LATER) for case, said in faulty if case.expect and not case.expect.exact),
         majority=sum(2 * sum(hits) > len(hits) for hits in by_case.values()),
         kinds=len(by_case),
-        cpu=statistics.median([run.cpu[monitor] for run in runs if monitor in run.cpu] or [0.0]),
         errors=sum(monitor in run.errors for run in runs),
     )
 
@@ -206,7 +201,7 @@ def table(scores: Iterable[Score]) -> str:
     """Markdown, a line a monitor."""
     head = (
         *("monitor", "found", "informative", "strict", "stream", "rank", "healthy alarmed", "legal alarmed"),
-        *("false verdicts", f"exact <= {SOON} steps", f"others <= {LATER}", "median delay", "CPU ms/step"),
+        *("false verdicts", f"exact <= {SOON} steps", f"others <= {LATER}", "median delay"),
     )
     lines = [head, ("---",) * len(head)]
     for s in scores:
@@ -224,7 +219,6 @@ def table(scores: Iterable[Score]) -> str:
                 _plain(s.exact),
                 _plain(s.windowed),
                 "-" if s.delay is None else f"{s.delay:g}",
-                f"{s.cpu:.2f}",
             )
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
