@@ -19,6 +19,7 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook, _JoinCon
 from ddp_streammon import keys, noise
 from ddp_streammon.collective import Collective
 from ddp_streammon.config import MonitorConfig, RuleSet
+from ddp_streammon.described import describe
 from ddp_streammon.evaluation import (
     Items,
     Labelled,
@@ -36,10 +37,11 @@ from ddp_streammon.history import History
 from ddp_streammon.measurement import GradientMeter
 from ddp_streammon.plan import Measurement
 from ddp_streammon.report import Outcome, Report, RunInfo, Sink, summary_text
-from ddp_streammon.rules import exact, guide, own_gradients, ranks
+from ddp_streammon.rules import evidence, exact, guide, own_gradients, ranks
+from ddp_streammon.rules.engine import Engine
 from ddp_streammon.rules.finding import Finding, StreamSettings
 from ddp_streammon.sinks import FanOut, WandbSink, active_wandb_run
-from ddp_streammon.stats import Figures, ScalarLike, Total
+from ddp_streammon.stats import Figures, ScalarLike, StepStats, Total
 from ddp_streammon.steps import Steps
 from ddp_streammon.streams import StreamLike, StreamSet, unwrap
 from ddp_streammon.weights import weight_figures
@@ -70,7 +72,8 @@ class StreamMonitor(Joinable):
     ranks of the group that see the same data as this one, itself included, where the meshes of the parameters do not
     say so (`shards.model_peers`).
 
-    Building it is two all_gather_object: what each rank holds, and whether the sinks could be opened.
+    Building it is two all_gather_object: what each rank holds, and whether the sinks could be opened; with the evidence
+    rules a third: what the training is made of, and what is declared of it (rank 0's counts).
     """
 
     def __init__(
@@ -102,8 +105,10 @@ class StreamMonitor(Joinable):
             self._optimizers,
             update_every=self.config.update_every,
             local_gradients=self.config.local_gradients,
+            evidence=self.config.rules is RuleSet.evidence,
             peers=model_peers,
         )
+        self._engine = self._make_engine() if self.config.rules is RuleSet.evidence else None
         self._pace = ranks.Pace()
         self._noise: deque[dict[str, noise.NoiseStep]] = deque(maxlen=noise.WINDOW)
         self._own_gradients = own_gradients.OwnGradients(shared_data=self._collective.topology.model_peers > 1)
@@ -115,7 +120,23 @@ class StreamMonitor(Joinable):
         self._closed = False
         self._sink = FanOut(sinks if self._collective.topology.rank == 0 else ())
         described = {**(run or {}), "monitor": asdict(self.config)}
+        if self._engine is not None:
+            described["setup"] = self._engine.setup.to_dict()
         self._open(RunInfo(self.streams.user_names, described, self.inventory(), name))
+
+    def _make_engine(self) -> Engine:
+        """The evidence rules over rank 0's view of the training. Comm: one all_gather_object."""
+        setup = describe(
+            self.streams,
+            self.model,
+            self._optimizers,
+            world=self._collective.topology.world_size,
+            data_ranks=self._collective.topology.data_size,
+            replicated=self._meter.replicated,
+        )
+        setup, intent = self._collective.gather((setup, self.config.intent))[0]
+        rules = (*evidence.RULES, *self.config.extra_rules)
+        return Engine(rules, setup, intent, mute=self.config.mute, thresholds=self.config.thresholds)
 
     def _open(self, run: RunInfo) -> None:
         """Open the sinks; what goes wrong on rank 0 is raised on every rank, or the others would wait for it."""
@@ -343,9 +364,14 @@ class StreamMonitor(Joinable):
         self._record_epoch(values)
 
     def get_recommendations(self) -> list[Finding]:
-        """What stands now, as sentences with fields (`finding.rule`, `.severity`, `.stream`, `.evidence`, `.action`):
-        the exact findings of the last measured step, then those of the rule set. Equal on every rank. Comm: none."""
+        """What stands now, as sentences with fields (`finding.rule`, `.severity`, `.stream`, `.evidence`, `.action`).
+
+        The evidence rules' findings from raised to cleared, reasons before consequences; where there is none, how many
+        rules looked and which could not. With another rule set the exact findings of the last measured step, then the
+        set's own. Equal on every rank. Comm: none."""
         advice: list[Finding] = []
+        if self._engine is not None:
+            return self._engine.findings or [self._engine.nothing_found()]
         if self.config.rules is RuleSet.guide:
             advice = guide.recommend(
                 self.history, self.streams.user_names, self._settings(), severity=self.config.rule_severity
@@ -379,6 +405,7 @@ class StreamMonitor(Joinable):
             "standing": [finding.to_dict() for finding in self._standing],
             "findings": {key: finding.to_dict() for key, finding in self._findings.items()},
             "replicas": self._meter.proof(),
+            "rules": None if self._engine is None else self._engine.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -388,6 +415,8 @@ class StreamMonitor(Joinable):
         self.epoch = state["epoch"]
         self._meter.trust(state["replicas"])
         self.history.load_state_dict(state["history"])
+        if self._engine is not None and state.get("rules") is not None:
+            self._engine.load_state_dict(state["rules"])
         self._standing = [Finding.from_dict(finding) for finding in state["standing"]]
         self._findings = {key: Finding.from_dict(finding) for key, finding in state["findings"].items()}
 
@@ -446,17 +475,21 @@ class StreamMonitor(Joinable):
         self._noise.append(noise.steps_of(step))
         values = step.values()
         self.history.append(step.step, step.epoch, values)
+        self._standing = self._engine.take(step) if self._engine is not None else self._of_step(step)
+        self._remember(self._standing)
+        self._sink.write(Report("step", step.step, step.epoch, values, tuple(self._standing), step))
+
+    def _of_step(self, step: StepStats) -> list[Finding]:
+        """What is said of a step without the evidence rules."""
         without = [name for name, stream in step.streams.items() if not stream.elements]
         frozen = [n for n in without if not any(p.parameter.requires_grad for p in self.streams[n].parameters)]
-        self._standing = [
+        return [
             *exact.check(step, frozen, self._parameter_names),
             *ranks.settings(step),
             *self._pace.check(step),
             *self._own_gradients.check(step),
             *self._replicas,
         ]
-        self._remember(self._standing)
-        self._sink.write(Report("step", step.step, step.epoch, values, tuple(self._standing)))
 
     def _record_epoch(self, values: Mapping[str, float]) -> None:
         self.flush()
