@@ -186,9 +186,10 @@ def test_runs_are_the_same_after_a_file(tmp_path: Path) -> None:
 
 
 def test_the_zoo_is_complete() -> None:
-    faults = [case for case in CASES.values() if case.expect]
-    legal = [case for case in CASES.values() if case.legal]
-    assert (len(faults), len(CASES) - len(faults) - len(legal), len(legal)) == (43, 30, 15)
+    cases = [case for case in CASES.values() if not case.extra]
+    faults = [case for case in cases if case.expect]
+    legal = [case for case in cases if case.legal]
+    assert (len(faults), len(cases) - len(faults) - len(legal), len(legal)) == (43, 30, 15)
     assert sum(case.expect is not None and case.expect.rank is not None for case in faults) == 9
     assert {family for case in faults if case.expect for family in case.expect.families} == set(FAMILIES)
     assert set(FAMILY.values()) == set(FAMILIES)
@@ -201,8 +202,19 @@ def test_mistakes_in_cases_are_told() -> None:
         control("h_base")(Training)
     with pytest.raises(ValueError, match="no case of kind 'faults' has a name with one of h_base"):
         running.chosen("faults", ["h_base"])
-    with pytest.raises(ValueError, match="a monitor is one of streammon, guide or package.module:Class, got 'mine'"):
+    with pytest.raises(
+        ValueError, match=r"a monitor is one of streammon, guide, .*losslint or package.module:Class, got 'mine'"
+    ):
         running.adapter_class("mine")
+
+
+class Elsewhere(Adapter):
+    package = "a_package_that_nobody_has"
+
+
+def test_a_peer_that_is_not_installed_is_known() -> None:
+    assert running.missing("tests.test_zoo:Elsewhere") == "a_package_that_nobody_has"
+    assert running.missing(OURS) is None
 
 
 class Fragile(Adapter):
@@ -229,7 +241,7 @@ def test_an_adapter_that_raises_is_left_out_and_recorded() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_whole_zoo() -> None:
-    runs = list(running.run_all([(name, 0) for name in CASES], [OURS]))
+    runs = list(running.run_all([(name, 0) for name in running.chosen("all", ())], [OURS]))
     assert [run for run in runs if not isinstance(run, Run)] == []
     figures = score(OURS, [run for run in runs if isinstance(run, Run)])
     assert figures.errors == 0

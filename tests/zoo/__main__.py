@@ -13,7 +13,7 @@ def main() -> None:
     run = commands.add_parser("run", help="run cases and score what the monitors said")
     run.add_argument("--monitors", default="streammon", help="names or package.module:Class, with commas")
     run.add_argument("--only", default="", help="parts of names of cases, with commas")
-    run.add_argument("--kind", default="all", choices=("all", "faults", "controls"))
+    run.add_argument("--kind", default="all", choices=("all", "faults", "controls", "extra", "any"))
     run.add_argument("--offset", default="0", help="seed offsets, with commas; thresholds are tuned on 0 only")
     run.add_argument("--world", type=int, default=2, help="ranks")
     run.add_argument("--views", default="", help="other data for every case: halves, edges, vectors or three")
@@ -41,7 +41,13 @@ def main() -> None:
         jobs = [(name, int(offset)) for offset in options.offset.split(",") for name in names]
         changes = {"views": options.views} if options.views else {}
         runs, failed = [], []
-        watched = options.monitors.split(",")
+        watched = []
+        for monitor in options.monitors.split(","):
+            package = running.missing(monitor)
+            if package is None:
+                watched.append(monitor)
+            else:
+                print(f"{monitor} is left out: pip install {package}")
         for result in running.run_all(jobs, watched, world=options.world, parallel=options.jobs, **changes):
             if isinstance(result, tuple):
                 failed.append(result[0])

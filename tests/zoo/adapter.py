@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from ddp_streammon import MonitorConfig, StreamMonitor
-from ddp_streammon.config import RuleSet, Severity
+from ddp_streammon.config import Intent, RuleSet, Severity
+from ddp_streammon.keys import LEARNING_RATE
 from ddp_streammon.rules.finding import Finding
 from tests.zoo.scoring import Verdict
 
@@ -18,22 +19,22 @@ _RULES = {
     "exploding": "EXP SPK S-GX",
     "vanishing": "VAN S-GV S-S1",
     "dead": "DET DEAD",
-    "frozen": "FRZ OPT UNC",
+    "frozen": "FRZ OPT UNC LR0",
     "lr_high": "LRH",
     "lr_low": "LRL BF16",
-    "lr_schedule": "LRS",
-    "stalled": "STL S-ST S-WS S-NL",
+    "lr_schedule": "LRS LRJ",
+    "stalled": "STL UPD S-ST S-WS S-NL",
     "diverging": "WGR DIV S-WD",
     "imbalance": "IMB S-GR S-WR S-S4",
     "overfitting": "OVF OVG S-OF S-OM S-OR S-OB S-S2",
     "input": "INZ INC INN",
     "labels": "UNI MEM",
-    "config": "MODE MOD WSH CLP ZGR NEG S-PH",
-    "init": "INI LN0",
+    "config": "MODE MOD EVAL DECAY WSH CLP ZGR NEG S-PH",
+    "init": "INI INIT LN0",
     "desync": "DESYNC SYNC LR",
-    "rank_outlier": "OUTLIER LOS",
+    "rank_outlier": "OUTLIER LOS LOSS INR",
     "shard": "BATCH UNE",
-    "sampler": "SAME EPO",
+    "sampler": "SAME EPO ORDER",
     "straggler": "SLOW",
 }
 FAMILY = {rule: family for family, rules in _RULES.items() for rule in rules.split()}
@@ -50,6 +51,8 @@ class Adapter:
     rank0_only = False
     all_ranks = False
     offline = False
+    package: str | None = None
+    """What has to be installed beside the project."""
 
     def start(self, ctx: Any) -> None:
         """`ctx`: `training.Context`."""
@@ -74,7 +77,7 @@ class StreamMonZoo(Adapter):
     """This project's monitor as a user would attach it."""
 
     name = "streammon"
-    rules = RuleSet.guide
+    rules = RuleSet.evidence
     rule_severity = Severity.info
 
     def start(self, ctx: Any) -> None:
@@ -89,7 +92,12 @@ class StreamMonZoo(Adapter):
 
     def config(self, ctx: Any) -> MonitorConfig:
         return MonitorConfig(
-            local_gradients=True, update_every=10, audit_every=10, rules=self.rules, rule_severity=self.rule_severity
+            local_gradients=True,
+            update_every=10,
+            audit_every=10,
+            rules=self.rules,
+            rule_severity=self.rule_severity,
+            intent=intent(ctx.declared, tuple(ctx.streams)),
         )
 
     def on_after_backward(self, model: nn.Module, step: int, loss: float, batch: Sequence[Any]) -> None:
@@ -143,20 +151,55 @@ class Guide(StreamMonZoo):
         self.listen(step)
 
 
+def intent(declared: Mapping[str, Any], streams: Sequence[str]) -> Intent:
+    """What a training declares, in the monitor's terms; what it leaves out stays unknown."""
+    micro = int(declared.get("accum") or 1)
+    total = declared.get("total_steps")
+    classes = declared.get("num_classes") if declared.get("task", "classification") == "classification" else None
+    frozen = declared.get("frozen_streams")
+    begins = declared.get("frozen_from") or {}
+
+    def of_streams(name: str) -> dict[str, float]:
+        values = declared.get(name) or {}
+        return {stream: float(values[stream]) for stream in streams if values.get(stream) is not None}
+
+    return Intent(
+        frozen=None if frozen is None else tuple(frozen),
+        frozen_from={stream: int(step) // micro + 1 for stream, step in begins.items()},
+        auxiliary=tuple(declared.get("auxiliary_streams") or ()),
+        accumulate=micro,
+        clip_norm=declared.get("clip") or None,
+        total_steps=None if total is None else int(total) // micro,
+        lr=of_streams("lr"),
+        weight_decay=of_streams("weight_decay"),
+        classes=classes,
+        schedule=declared.get("schedule"),
+    )
+
+
 def verdict_of(finding: Finding, step: int, world: int) -> Verdict | None:
     """What a finding says, in the zoo's terms; None where all is well."""
     if not finding.startswith("⚠️"):
         return None
-    ranks = [key for key in finding.evidence if key.startswith("rank ")]
     return Verdict(
-        FAMILY[finding.rule],
+        family_of(finding),
         None if finding.stream == "shared" else finding.stream,
         finding.rank,
         step,
         finding.severity.value,
         message=str(finding),
-        undecided=world == 2 and finding.rank is None and len(ranks) == 2,
+        undecided=world == 2 and finding.rank is None and "two ranks" in f"{finding} {finding.likely}",
     )
+
+
+def family_of(finding: Finding) -> str:
+    """The family of a finding; of a rate that is not the declared one it depends on which is larger."""
+    if finding.rule != "RATE":
+        return FAMILY[finding.rule]
+    assert finding.action is not None
+    if finding.action.setting != LEARNING_RATE:
+        return "config"
+    return "lr_high" if finding.action.old > finding.action.value else "lr_low"
 
 
 def _patterns(module: nn.Module, names: Sequence[str]) -> Any:

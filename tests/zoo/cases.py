@@ -80,6 +80,8 @@ class Case:
     """None: the training is healthy, and nothing should be said."""
     legal: bool = False
     """A control that is unusual, rather than a variation of an ordinary training."""
+    extra: bool = False
+    """Not counted with the others: a fault or a set-up that rules were not written for."""
 
 
 CASES: dict[str, Case] = {}
@@ -94,23 +96,24 @@ def fault(
     rank: int | None = None,
     onset: int = 0,
     exact: bool = False,
+    extra: bool = False,
     **setup: Any,
 ) -> Callable[[Program], Program]:
     """Enter a program into the zoo as a planted fault."""
     expect = Expect(families, tuple(accept), stream, rank, onset, exact)
 
     def enter(program: Program) -> Program:
-        _enter(Case(name, program, Setup(**setup), expect))
+        _enter(Case(name, program, Setup(**setup), expect, extra=extra))
         return program
 
     return enter
 
 
-def control(name: str, *, legal: bool = False, **setup: Any) -> Callable[[Program], Program]:
+def control(name: str, *, legal: bool = False, extra: bool = False, **setup: Any) -> Callable[[Program], Program]:
     """Enter a program into the zoo as a healthy one."""
 
     def enter(program: Program) -> Program:
-        _enter(Case(name, program, Setup(**setup), legal=legal))
+        _enter(Case(name, program, Setup(**setup), legal=legal, extra=extra))
         return program
 
     return enter

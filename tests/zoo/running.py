@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import math
 import traceback
@@ -16,18 +17,26 @@ from typing import Any
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
-from tests.zoo import controls, faults_data, faults_loop, faults_model, faults_optimizer, faults_ranks, legal
+from tests.zoo import beyond, controls, faults_data, faults_loop, faults_model, faults_optimizer, faults_ranks, legal
 from tests.zoo.adapter import Adapter
-from tests.zoo.cases import CASES
+from tests.zoo.cases import CASES, Case
 from tests.zoo.scoring import Run, Verdict
 
-MODULES = (faults_model, faults_optimizer, faults_data, faults_loop, faults_ranks, controls, legal)
+MODULES = (faults_model, faults_optimizer, faults_data, faults_loop, faults_ranks, controls, legal, beyond)
 """Imported for the cases in them."""
 CHUNK = 6
 """Cases of one group of processes."""
 SECONDS = 90.0
 """Before a case is given up."""
-KNOWN = {"streammon": "tests.zoo.adapter:StreamMonZoo", "guide": "tests.zoo.adapter:Guide"}
+KNOWN = {
+    "streammon": "tests.zoo.adapter:StreamMonZoo",
+    "guide": "tests.zoo.adapter:Guide",
+    "gradsnitch": "tests.zoo.peers:GradSnitch",
+    "traintools": "tests.zoo.peers:TrainTools",
+    "trainpulse": "tests.zoo.peers:TrainPulse",
+    "trainspotter": "tests.zoo.peers:TrainSpotter",
+    "losslint": "tests.zoo.peers:LossLint",
+}
 
 
 class Watchers:
@@ -59,6 +68,12 @@ def adapter_class(spec: str) -> type[Adapter]:
         raise ValueError(f"a monitor is one of {', '.join(KNOWN)} or package.module:Class, got {spec!r}")
     found: type[Adapter] = getattr(importlib.import_module(module), name)
     return found
+
+
+def missing(spec: str) -> str | None:
+    """The package that a monitor needs and that is not installed."""
+    package = adapter_class(spec).package
+    return package if package is not None and importlib.util.find_spec(package) is None else None
 
 
 def run_here(case_name: str, monitors: Sequence[str], offset: int = 0, **changes: Any) -> Run:
@@ -140,13 +155,15 @@ def load(paths: Sequence[Path]) -> list[Run]:
 
 
 def chosen(kinds: str, only: Sequence[str]) -> list[str]:
-    """Names of cases: `only` those (a part of a name is enough), of `all`, `faults` or `controls`."""
-    wanted: dict[str, Callable[[str], bool]] = {
-        "all": lambda name: True,
-        "faults": lambda name: CASES[name].expect is not None,
-        "controls": lambda name: CASES[name].expect is None,
+    """Names of cases: `only` those (a part of a name is enough), of a kind."""
+    wanted: dict[str, Callable[[Case], bool]] = {
+        "all": lambda case: not case.extra,
+        "faults": lambda case: case.expect is not None and not case.extra,
+        "controls": lambda case: case.expect is None and not case.extra,
+        "extra": lambda case: case.extra,
+        "any": lambda case: True,
     }
-    names = [name for name in CASES if wanted[kinds](name) and (not only or any(part in name for part in only))]
+    names = [name for name in CASES if wanted[kinds](CASES[name]) and (not only or any(part in name for part in only))]
     if not names:
         raise ValueError(f"no case of kind {kinds!r} has a name with one of {', '.join(only)}")
     return names
