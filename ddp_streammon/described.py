@@ -32,7 +32,8 @@ class StreamSetup:
 
     `scale`: root mean square of w x sqrt(fan-in) over its linear and convolution layers, zero-initialised ones left out
     (0.58 is PyTorch's default, 1.41 He's); nan without such layers. `norm`: whether it has norm layers; `visible`:
-    whether it has a module whose inputs can be seen; `low_precision`: whether it is trained in 16-bit weights.
+    whether it has a module whose inputs can be seen; `low_precision`: whether it is trained in 16-bit weights;
+    `zeros`: whether a layer of it begins with zeros alone.
     """
 
     tensors: int
@@ -45,6 +46,7 @@ class StreamSetup:
     norm: bool = False
     visible: bool = False
     low_precision: bool = False
+    zeros: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def _of_stream(stream: Stream, model: nn.Module, held: Mapping[int, Mapping[str,
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = {id(held[id(p)]): held[id(p)] for p in parameters if id(p) in held}.values()
     modules = [module for root in stream.roots for module in model.get_submodule(root).modules()]
+    scale, zeros = _scale([module for module in modules if isinstance(unwrap(module), SCALED)])
     return StreamSetup(
         tensors=len(parameters),
         trainable=len(trained),
@@ -116,7 +119,8 @@ def _of_stream(stream: Stream, model: nn.Module, held: Mapping[int, Mapping[str,
         rates=_known(rate for group in groups for rate in _rates(group)),
         scheduled=any("initial_lr" in group for group in groups),
         decays=_known(group.get("weight_decay") for group in groups),
-        scale=_scale([module for module in modules if isinstance(unwrap(module), SCALED)]),
+        scale=scale,
+        zeros=zeros,
         norm=has_norm(modules),
         visible=bool(stream.roots),
         low_precision=any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in trained),
@@ -136,8 +140,10 @@ def _known(values: Any) -> tuple[float, ...]:
 
 
 @torch.no_grad()
-def _scale(layers: Sequence[nn.Module]) -> float:
+def _scale(layers: Sequence[nn.Module]) -> tuple[float, bool]:
+    """The scale of layers that are not zero, and whether some are."""
     squares = elements = 0.0
+    zeros = False
     for layer in {id(layer): layer for layer in layers}.values():
         weight = layer._parameters.get("weight")
         if weight is None or weight.dim() < 2 or weight.is_meta or weight.is_complex():
@@ -145,7 +151,8 @@ def _scale(layers: Sequence[nn.Module]) -> float:
         fan_in = weight[0].numel()
         sample = flat(local(weight.detach()))[:ELEMENTS].float()
         mean_square = float(sample.square().mean()) if len(sample) else 0.0
+        zeros = zeros or mean_square == 0
         if mean_square > 0:
             squares += mean_square * fan_in * weight.numel()
             elements += weight.numel()
-    return math.sqrt(squares / elements) if elements else math.nan
+    return (math.sqrt(squares / elements) if elements else math.nan), zeros

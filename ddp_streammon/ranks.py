@@ -111,8 +111,8 @@ class RankFacts:
         detail = values["detail"]
         if detail is not None:
             inputs = tuple(StreamInput(**of) for of in detail["inputs"])
-            whole = {name: tuple(value) if isinstance(value, list | tuple) else value for name, value in detail.items()}
-            detail = RankDetail(**{**whole, "inputs": inputs})
+            of_streams = {name: tuple(detail[name]) for name in ("base_lr", "weights", "moved")}
+            detail = RankDetail(**{**detail, **of_streams, "inputs": inputs})
         pairs = {name: tuple(values[name]) for name in ("lr", "weight_decay")}
         return cls(**{**values, **pairs, "detail": detail})
 

@@ -19,6 +19,8 @@ TENSORS, ELEMENTS = 48, 32_768
 """Of a stream's weights: at most so many tensors, at equal distances, and so many elements in all."""
 LAYER = 16_384
 """Elements of a layer's gradient that are read."""
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+"""Whose weights make the first and the last layer: not embeddings, of which most rows have no gradient."""
 SUMS = ("moved_square", "weight_square", "moved", "compared", "first", "last", "trainable", "optimized", "uncleared")
 """Of each stream: squares of the change of its sampled weights since the last call and of themselves before it;
 how many elements changed, of how many; mean squares of the gradient of its first and its last layer; its tensors that
@@ -37,15 +39,17 @@ class Sampled:
         self._streams = streams
         self._optimizers = optimizers
         self._device = device
-        self._parameters = [_spread(_parameters(streams, number)) for number in range(len(streams.streams))]
-        self._all = [_parameters(streams, number) for number in range(len(streams.streams))]
+        self._all = [[item.parameter for item in stream.parameters] for stream in streams.streams]
+        self._trained: list[int] = []
+        self._parameters: list[list[nn.Parameter]] = []
         self._views: list[list[Tensor]] = []
         self._addresses: list[int] = []
         self._before: tuple[int, Tensor] | None = None
         self._now: tuple[int, Tensor] | None = None
         self._group_sizes: tuple[int, ...] = ()
         self._held: set[int] = set()
-        self._ends = [ends(parameters) for parameters in self._all]
+        layers = {id(module.weight) for module in streams.model.modules() if isinstance(module, LAYERS)}
+        self._ends = [ends([p for p in parameters if id(p) in layers]) for parameters in self._all]
         self._uncleared = Uncleared(self._all, device)
 
     @torch.no_grad()
@@ -70,7 +74,7 @@ class Sampled:
         start = 0
         counts = self._counts()
         layers = self._layers()
-        for number, views in enumerate(self._views):
+        for views in self._views:
             stop = start + sum(map(len, views))
             size = torch.full((), float(stop - start) if known else 0.0, dtype=torch.float64, device=self._device)
             part = change[start:stop].sum(dtype=torch.float64)
@@ -101,6 +105,10 @@ class Sampled:
 
     def _weights(self) -> Tensor:
         """The sampled weights, stream after stream. Shape: [N] float32."""
+        trained = [sum(parameter.requires_grad for parameter in parameters) for parameters in self._all]
+        if trained != self._trained:
+            self._trained = trained
+            self._parameters = [_spread(parameters) for parameters in self._all]
         addresses = [local(parameter).data_ptr() for parameters in self._parameters for parameter in parameters]
         if addresses != self._addresses:
             self._addresses = addresses
@@ -147,7 +155,8 @@ class Uncleared:
             trained = [p for p in of_stream if p.requires_grad and not isinstance(p, DTensor)]
             wanted = min(trained, key=lambda p: (p.dim() < 2, p.numel()), default=None)
             if wanted is not None:
-                self._hooks.append(wanted.register_hook(_Arrived(self._found, number, wanted)))
+                arrived = _Arrived(self._found, number, wanted)
+                self._hooks.append(wanted.register_hook(arrived))  # type: ignore[no-untyped-call]
 
     def take(self) -> Tensor:
         """[S] 1 where a gradient was still there; 0 also where nothing arrived."""
@@ -179,19 +188,16 @@ class _Arrived:
                 self._found[self._number] = zero if sample is None else torch.linalg.vector_norm(sample, math.inf)
 
 
-def ends(parameters: Sequence[nn.Parameter]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-    """The first and the last matrix or kernel that is trained; (None, None) where there are fewer than two."""
-    matrices = [p for p in parameters if p.dim() > 1 and p.requires_grad]
+def ends(kernels: Sequence[nn.Parameter]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    """The first and the last of these that is trained; (None, None) where there are fewer than two."""
+    matrices = [p for p in kernels if p.requires_grad]
     return (matrices[0], matrices[-1]) if len(matrices) > 1 else (None, None)
 
 
-def _parameters(streams: StreamSet, number: int) -> list[nn.Parameter]:
-    return [item.parameter for item in streams.streams[number].parameters]
-
-
 def _spread(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """At most `TENSORS` of them, first and last included."""
+    """At most `TENSORS` of those that are trained, or of all where none is; first and last included."""
     parameters = [parameter for parameter in parameters if parameter.is_floating_point()]
+    parameters = [parameter for parameter in parameters if parameter.requires_grad] or parameters
     if len(parameters) <= TENSORS:
         return parameters
     return [parameters[round(place * (len(parameters) - 1) / (TENSORS - 1))] for place in range(TENSORS)]

@@ -38,7 +38,12 @@ class Kind(str, Enum):
 
     @property
     def order(self) -> int:
-        return list(Kind).index(self)
+        return _ORDER[self.value]
+
+
+QUIET = 0.5
+"""Rules need not signal a strength below it: none clears later."""
+_ORDER = {kind.value: number for number, kind in enumerate(Kind)}
 
 
 @dataclass(frozen=True)
@@ -140,9 +145,10 @@ class Engine:
         self._memory = Memory()
         self._runs: dict[_Key, _Run] = {}
         self._evaluated: set[str] = set()
-        self._cleared: dict[tuple[str, str | None], int] = {}
-        """Alarms that are over: (rule, stream) -> measured steps by then."""
+        self._cleared: dict[_Key, int] = {}
+        """Alarms that are over -> measured steps by then."""
         self._by_id = {rule.id: rule for rule in self.rules}
+        self._place = {rule.id: number for number, rule in enumerate(self.rules)}
 
     @property
     def view(self) -> View | None:
@@ -152,9 +158,9 @@ class Engine:
     @property
     def findings(self) -> list[Finding]:
         """What stands, the earliest reasons first."""
-        kinds = {rule.id: rule.kind.order for rule in self.rules}
         standing = [run.finding for run in self._runs.values() if run.finding is not None]
-        return sorted(standing, key=lambda f: (f.explained_by is not None, -f.severity.level, kinds.get(f.rule, 9)))
+        order = self._place
+        return sorted(standing, key=lambda f: (f.explained_by is not None, -f.severity.level, order.get(f.rule, 99)))
 
     def take(self, stats: StepStats) -> list[Finding]:
         """Take in a measured step; what stands then."""
@@ -163,9 +169,9 @@ class Engine:
         self._steps.append(stats)
         self._memory.take(stats)
         view = View(tuple(self._steps), self._memory, self.setup, self._intent)
+        count = self._memory.count
         for rule in self.rules:
-            due = self._memory.count % rule.every == 0 and self._memory.count > rule.warm_up
-            if due and not view.missing(rule.requires):
+            if count % rule.every == 0 and count > rule.warm_up and not view.missing(rule.requires):
                 self._evaluated.add(rule.id)
                 self._evaluate(rule, view)
         return self.findings
@@ -175,7 +181,7 @@ class Engine:
         for key in [key for key, run in self._runs.items() if run.finding is not None and self._is_claim(key[0])]:
             del self._runs[key]
         for finding in findings:
-            cause = self._cause(Kind.evaluated, finding.stream, finding.rule)
+            cause = self._cause(Kind.evaluated, finding.rule, finding.stream, finding.rank)
             self._runs[finding.rule, finding.stream, finding.rank] = _Run(finding=_demoted(finding, cause))
         return self.findings
 
@@ -227,7 +233,7 @@ class Engine:
         self._steps.clear()
         self._steps.extend(StepStats.from_dict(step) for step in state["steps"] if same)
         self._evaluated = set(state["evaluated"])
-        self._cleared = {(rule, stream): count for rule, stream, count in state["cleared"]}
+        self._cleared = {(rule, stream, rank): count for rule, stream, rank, count in state["cleared"]}
         self._runs = {}
         for run in state["runs"]:
             rule, stream, rank = run["key"]
@@ -238,6 +244,8 @@ class Engine:
     def _evaluate(self, rule: Rule, view: View) -> None:
         signals = {(signal.stream, signal.rank): signal for signal in rule.check(view)}
         known = [(stream, rank) for name, stream, rank in self._runs if name == rule.id]
+        if not signals and not known:
+            return
         heard = {rank.rank for rank in view.now.rank_facts}
         for stream, rank in dict.fromkeys((*signals, *known)):
             if rank is not None and rank not in heard and (stream, rank) not in signals:
@@ -253,7 +261,7 @@ class Engine:
             run.quiet = 0 if strength >= rule.clear else run.quiet + 1
             if run.quiet >= rule.hold:
                 if _is_alarm(run.finding):
-                    self._cleared[rule.id, whom[0]] = self._memory.count
+                    self._cleared[(rule.id, *whom)] = self._memory.count
                 del self._runs[(rule.id, *whom)]
             return
         if strength < 1 or signal is None:
@@ -264,18 +272,22 @@ class Engine:
         wanted = rule.hold + 4 * run.longest if rule.intermittent else rule.hold
         if run.held >= wanted:
             finding = _finding(rule, signal, view.now.step, since=view.back(run.held * rule.every))
-            run.finding = _demoted(finding, self._cause(rule.kind, signal.stream, rule.id))
+            run.finding = _demoted(finding, self._cause(rule.kind, rule.id, signal.stream, signal.rank))
             run.quiet = 0
 
-    def _cause(self, kind: Kind, stream: str | None, rule: str, severity: Severity = Severity.warning) -> str | None:
-        """The rule whose finding, standing since earlier, is the reason for one of this kind; None without one."""
+    def _cause(self, kind: Kind, rule: str, stream: str | None, rank: int | None) -> str | None:
+        """The rule whose alarm, of the last steps, is the reason for one of this kind; None without one."""
         effect = self._by_id.get(rule)
         late = kind.order >= Kind.windowed.order
-        for name, of_stream in self._reasons():
+        for name, of_stream, of_rank in self._reasons(rule):
             cause = self._by_id[name]
-            if name == rule or not cause.explains:
-                continue
             apart = None not in (stream, of_stream) and stream != of_stream
+            if name == rule:  # the same again, of nobody in particular, or what it has brought about elsewhere
+                if (not apart and None in (rank, of_rank)) or cause.destabilises or cause.kind is Kind.nonfinite:
+                    return name
+                continue
+            if not cause.explains:
+                continue
             if cause.kind is Kind.nonfinite or (late and cause.kind.order < Kind.windowed.order):
                 return name
             if cause.kind.order <= kind.order and not apart:
@@ -286,14 +298,18 @@ class Engine:
                 return name
         return None
 
-    def _reasons(self) -> Iterator[tuple[str, str | None]]:
-        """Rule and stream of the alarms that stand, or were cleared within the window, and have no other reason."""
-        for (name, stream, _), run in self._runs.items():
-            if run.finding is not None and _is_alarm(run.finding) and name in self._by_id:
-                yield name, stream
-        for (name, stream), count in self._cleared.items():
+    def _reasons(self, rule: str) -> Iterator[_Key]:
+        """The alarms that stand, or were cleared within the window, and have no other reason; of `rule` itself those of
+        earlier steps only."""
+        now = self._steps[-1].step if self._steps else 0
+        for (name, stream, rank), run in self._runs.items():
+            finding = run.finding
+            stands = finding is not None and _is_alarm(finding) and name in self._by_id
+            if stands and finding is not None and (name != rule or (finding.step or 0) < now):
+                yield name, stream, rank
+        for (name, stream, rank), count in self._cleared.items():
             if self._memory.count - count <= WINDOW:
-                yield name, stream
+                yield name, stream, rank
 
     def _is_claim(self, rule: str) -> bool:
         return rule not in self._by_id
@@ -316,7 +332,8 @@ def _adjusted(rules: Sequence[Rule], mute: Sequence[str], thresholds: Mapping[st
         valid = [item.name for item in fields(adjusted[name])]
         if threshold not in valid:
             raise ValueError(f"rule {name} has no threshold {threshold!r}; it has {', '.join(valid)}")
-        adjusted[name] = replace(adjusted[name], **{threshold: value})
+        changed: dict[str, Any] = {threshold: value}
+        adjusted[name] = replace(adjusted[name], **changed)
     return tuple(adjusted.values())
 
 

@@ -166,8 +166,8 @@ SCHEMA: Mapping[str, Any] = {
     "properties": {
         **dict.fromkeys(("finding", "seen", "likely", "do", "confirm", "rule"), _TEXT),
         "severity": {"enum": [severity.value for severity in Severity]},
-        **dict.fromkeys(("stream", "explained_by"), {"type": ["string", "null"]}),
-        **dict.fromkeys(("rank", "step", "since"), {"type": ["integer", "null"]}),
+        **{name: {"type": ["string", "null"]} for name in ("stream", "explained_by")},
+        **{name: {"type": ["integer", "null"]} for name in ("rank", "step", "since")},
         "evidence": {"type": "object", "additionalProperties": _NUMBER},
         "action": {
             "type": ["object", "null"],

@@ -11,7 +11,7 @@ from typing import ClassVar
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
 from ddp_streammon.ranks import RankFacts, StreamInput
-from ddp_streammon.rules.engine import Kind, Rule, Signal
+from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
 from ddp_streammon.rules.of_training import few, single
 from ddp_streammon.rules.view import View
 
@@ -78,10 +78,12 @@ class ConstantInput(_Empty):
     id: ClassVar[str] = "INC"
 
     def empty(self, view: View, stream: str, rank: int, of: StreamInput) -> bool:
+        if of.constant != 1 or not of.abs_max > 0:
+            return False
         number = view.number(stream)
         means = view.of_rank(rank, lambda facts: _input(facts, number).mean, self.hold)
         peaks = view.of_rank(rank, lambda facts: _input(facts, number).abs_max, self.hold)
-        return of.constant == 1 and of.abs_max > 0 and len(set(means)) <= 1 and len(set(peaks)) == 1
+        return len(set(means)) <= 1 and len(set(peaks)) == 1
 
     def signal(self, stream: str, rank: int | None, where: str) -> Signal:
         return Signal(
@@ -102,7 +104,7 @@ def _input(facts: RankFacts, number: int) -> StreamInput:
 @dataclass(frozen=True)
 class Unscaled(Rule):
     """INN: the mean or the standard deviation of what a stream's first linear or convolution layer sees is above
-    `most`, in the median of 5 steps. Not evaluated where a norm layer, an embedding or the model's own scaling comes
+    `most`, in `hold` steps in a row. Not evaluated where a norm layer, an embedding or the model's own scaling comes
     before it, since then it sees what they give."""
 
     id: ClassVar[str] = "INN"
@@ -115,16 +117,13 @@ class Unscaled(Rule):
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
-            number = view.number(stream)
-            sizes = []
-            for rank in view.inputs(stream):
-                means = view.of_rank(rank, lambda facts, n=number: abs(_input(facts, n).first_mean), 5)  # type: ignore[misc]
-                stds = view.of_rank(rank, lambda facts, n=number: _input(facts, n).first_std, 5)  # type: ignore[misc]
-                if means and stds:
-                    sizes.append((statistics.median(means), statistics.median(stds)))
+            seen = [(abs(of.first_mean), of.first_std) for of in view.inputs(stream).values()]
+            sizes = [pair for pair in seen if not math.isnan(pair[1])]
             if not sizes or not view.trained(stream):
                 continue
             mean, std = min(sizes, key=max)  # of the best rank: where some only are unscaled, INR says so
+            if max(mean, std) < QUIET * self.most:
+                continue
             yield Signal(
                 stream,
                 seen=f"{stream}: its first layer sees inputs of mean {mean:.3g} and standard deviation {std:.3g}",
@@ -147,9 +146,10 @@ class OtherScale(Rule):
     requires: ClassVar[tuple[str, ...]] = ("inputs", "data ranks", "no model peers")
 
     WINDOW: ClassVar[int] = 10
-    hold: int = 5
+    hold: int = 2
+    every: int = 5
     clear: float = 0.8
-    warm_up: int = 10
+    warm_up: int = 9
     factor: float = 2.5
     """Batches of 8 items of one data set differ by less than 1.5 in the median of ten; not from the literature."""
     shift: float = 2.0
@@ -166,17 +166,19 @@ class OtherScale(Rule):
                     sizes[rank], means[rank] = statistics.median(rms), statistics.median(mean)
             if len(sizes) < 2:
                 continue
-            rank, strength = self._odd(sizes, means)
+            odd, strength = self._odd(sizes, means)
+            if strength < QUIET:
+                continue
             told = ", ".join(f"{size:.3g} on rank {at}" for at, size in list(sizes.items())[:4])
             yield Signal(
                 stream,
-                rank,
+                odd,
                 f"{stream}: its inputs differ between ranks: root mean square {told}",
-                likely=f"the shard of {few([rank]) if rank is not None else 'one of them'} was written or normalised "
+                likely=f"the shard of {few([odd]) if odd is not None else 'one of them'} was written or normalised "
                 "differently",
                 do=f"compare the {stream} records of {few(list(sizes)[:2])}"
                 if rank is None
-                else f"look at the {stream} records of rank {rank}",
+                else f"look at the {stream} records of rank {odd}",
                 confirm="the root mean squares agree",
                 strength=strength,
                 evidence={f"rank {at}": size for at, size in list(sizes.items())[:16]},
@@ -218,12 +220,12 @@ class SameBatch(Rule):
     """rules.md, D-DUP."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        by_batch: dict[tuple[float, float], list[int]] = {}
+        by_batch: dict[tuple[bool, float], list[int]] = {}
         for rank, detail in view.details.items():
             figure = detail.loss if math.isnan(detail.batch) else detail.batch
-            if not math.isnan(figure) and self._changes(view, rank):
-                by_batch.setdefault((detail.batch == detail.batch, figure), []).append(rank)
-        alike = [rank for ranks in by_batch.values() if len(ranks) > 1 for rank in ranks]
+            if not math.isnan(figure):
+                by_batch.setdefault((math.isnan(detail.batch), figure), []).append(rank)
+        alike = [rank for ranks in by_batch.values() if len(ranks) > 1 for rank in ranks if self._changes(view, rank)]
         if alike:
             yield Signal(
                 seen=f"{few(sorted(alike))} are fed the same batches",
@@ -234,7 +236,7 @@ class SameBatch(Rule):
             )
 
     def _changes(self, view: View, rank: int) -> bool:
-        batches = view.of_rank(rank, lambda facts: _batch(facts), self.hold)
+        batches = view.of_rank(rank, _batch, self.hold)
         return len(batches) < 2 or len(set(batches)) == len(batches)
 
 

@@ -1,5 +1,5 @@
-"""Rules about ranks, as the engine evaluates them: settings, modes and batches that differ, replicas that are not equal,
-and a rank that stands apart by its loss, its own gradient, or its pace."""
+"""Rules about ranks, as the engine evaluates them: settings, modes and batches that differ, replicas that are not
+equal, and a rank that stands apart by its loss, its own gradient, or its pace."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import ClassVar
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
 from ddp_streammon.ranks import RankFacts, outvoted
-from ddp_streammon.rules.engine import Kind, Rule, Signal
+from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
 from ddp_streammon.rules.finding import Action
 from ddp_streammon.rules.of_inputs import odd_one
 from ddp_streammon.rules.of_training import few, single
@@ -167,10 +167,10 @@ class NotSynchronised(Rule):
             yield Signal(
                 stream,
                 None if whole else single(found.ranks),
-                f"{'all gradients' if whole else f'the gradients of {found.stream}'} differ between ranks that hold the "
-                "same weights",
-                likely="nobody averages them: the model is called past its DistributedDataParallel wrapper, or no_sync() "
-                "is left on",
+                f"{'all gradients' if whole else f'the gradients of {found.stream}'} differ between ranks that hold "
+                "the same weights",
+                likely="nobody averages them: the model is called past its DistributedDataParallel wrapper, or "
+                "no_sync() is left on",
                 do="call the wrapped model, and leave no_sync() before the last backward() of a step",
                 confirm="this line clears at the next audit",
                 evidence={f"rank {rank}": 1.0 for rank in found.ranks[:16]},
@@ -267,6 +267,8 @@ class OtherLoss(Rule):
         least = min(self.least, start / 2)
         over = (losses[worst] - usual) / least if least > 0 else 0.0
         ratio = losses[worst] / usual / self.factor if usual > 0 else math.inf
+        if min(over, ratio) < QUIET:
+            return
         yield Signal(
             None,
             worst,
@@ -321,9 +323,9 @@ class Outlier(Rule):
 
 @dataclass(frozen=True)
 class Slow(Rule):
-    """SLOW: in three of four of `WINDOW` steps a rank is busy (data, forward, optimizer, before it could wait for
-    others) for `factor` times as long as the others in three of four of theirs, and by a tenth of a step and `least`
-    seconds more, and is the slowest in nine of ten steps, which a machine that is merely noisy does not give."""
+    """SLOW: in nine of ten of `WINDOW` steps a rank is busy (data, forward, optimizer, before it could wait for others)
+    for longer than the median of the others in the same step, by `share` of a step and by `least`, and for `factor`
+    times as long in the median. What else a shared machine does hits ranks in turn, and not in nine of ten steps."""
 
     id: ClassVar[str] = "SLOW"
     kind: ClassVar[Kind] = Kind.windowed
@@ -333,15 +335,13 @@ class Slow(Rule):
     WINDOW: ClassVar[int] = 40
     hold: int = 3
     every: int = 5
-    warm_up: int = 40
+    warm_up: int = 44
     factor: float = 1.5
     """rules.ranks: twice what the busy times of equal ranks on one shared machine differ by."""
-    least: float = 0.008
-    """Seconds: rules.md, D-STR."""
+    least: float = 0.005
+    """Seconds: several times the jitter of a shared machine; rules.md, D-STR has 8 ms of the median."""
     share: float = 0.1
     """Of a step: less is not worth a word."""
-    always: float = 0.9
-    """rules.md, D-STR."""
 
     def check(self, view: View) -> Iterator[Signal]:
         rows: dict[int, dict[int, float]] = {}
@@ -351,23 +351,19 @@ class Slow(Rule):
                 if not math.isnan(facts.busy_seconds):
                     rows.setdefault(facts.rank, {})[step.step] = facts.busy_seconds
                     lengths.append(facts.step_seconds)
-        if len(rows) < 2 or min(len(row) for row in rows.values()) < self.WINDOW // 2:
+        common = sorted(set.intersection(*map(set, rows.values()))) if len(rows) > 1 else []
+        if len(common) < self.WINDOW // 2:
             return
         busy = {rank: statistics.median(row.values()) for rank, row in rows.items()}
         slowest = max(busy, key=busy.__getitem__)
-        # what a loaded machine does hits a part of the steps: a fast step of the slow one against slow ones of the others
-        busy = {rank: statistics.quantiles(row.values())[0 if rank == slowest else 2] for rank, row in rows.items()}
+        others = [row for rank, row in rows.items() if rank != slowest]
+        over = sorted(rows[slowest][at] - statistics.median(row[at] for row in others) for at in common)
         usual = statistics.median(seconds for rank, seconds in busy.items() if rank != slowest)
         length = statistics.median(lengths)
-        common = set.intersection(*(set(row) for row in rows.values()))
-        wins = sum(max(rows, key=lambda rank, at=at: rows[rank][at]) == slowest for at in common)  # type: ignore[misc]
-        over = busy[slowest] - usual
-        parts = (
-            busy[slowest] / usual / self.factor if usual > 0 else math.inf,
-            over / self.least,
-            over / (self.share * length),
-            wins / len(common) / self.always if common else 0.0,
-        )
+        nearly_always = over[len(over) // 10]
+        ratio = busy[slowest] / usual / self.factor if usual > 0 else math.inf
+        if nearly_always < QUIET * self.least:
+            return
         yield Signal(
             None,
             slowest,
@@ -375,7 +371,7 @@ class Slow(Rule):
             likely="its data loading, its machine, or more work than the others have",
             do=f"look at the loader's workers and the host of rank {slowest}",
             confirm="busy times agree",
-            strength=min(parts),
+            strength=min(ratio, nearly_always / self.least, nearly_always / (self.share * length)),
             evidence={f"rank {rank}": seconds for rank, seconds in list(busy.items())[:16]},
         )
 

@@ -9,9 +9,10 @@ from typing import ClassVar
 
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
-from ddp_streammon.rules.engine import Kind, Rule, Signal
+from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
 from ddp_streammon.rules.finding import Action
 from ddp_streammon.rules.view import View
+from ddp_streammon.stats import StepStats
 
 SAME_RATE = 0.01
 """Relative difference of two learning rates that are taken for the same: they are written with two or three digits."""
@@ -50,9 +51,9 @@ class NonFinite(Rule):
         now, every = view.now, list(view.ranks())
         inputs = {s: [r for r, of in view.inputs(s).items() if of.nonfinite > 0] for s in view.streams}
         if any(inputs.values()):
-            for stream, bad in inputs.items():
+            for name, bad in inputs.items():
                 if bad:
-                    yield self._signal(view, stream, bad, every, f"the input of {stream} is not finite on {few(bad)}")
+                    yield self._signal(view, name, bad, every, f"the input of {name} is not finite on {few(bad)}")
             return
         if now.scaled:
             return
@@ -64,7 +65,7 @@ class NonFinite(Rule):
         ranks = own or list(now.nonfinite_ranks) or every
         of_origin = {name for rank in origins for name, bad in zip(now.streams, rank.nonfinite, strict=True) if bad}
         streams = [name for name in bad_streams if not of_origin or name in of_origin]
-        stream = streams[0] if len(streams) == 1 and streams[0] != keys.SHARED else None
+        stream: str | None = streams[0] if len(streams) == 1 and streams[0] != keys.SHARED else None
         what = f"gradients of {stream or 'several streams'}" if bad_streams else "a number that was sent"
         yield self._signal(view, stream, ranks, every, f"{what}: not finite, on {few(ranks)}")
 
@@ -141,16 +142,16 @@ class NotOptimized(Rule):
                 stream,
                 seen=f"{stream}: {missing} of {round(sample.trainable)} trainable tensors are in no optimizer",
                 likely="modules were added, or a group left out, after the optimizer was built",
-                do=f"give {stream}'s parameters to the optimizer (add_param_group), or pass all optimizers to the monitor",
+                do=f"give {stream}'s parameters to the optimizer (add_param_group), or all optimizers to the monitor",
                 confirm="this line clears, and its update is above 0",
                 evidence={"trainable": sample.trainable, "optimized": sample.optimized},
                 severity=None if none else Severity.warning,
             )
 
 
-def _moved(step: object, stream: str) -> float:
-    sample = step.streams[stream].sample  # type: ignore[attr-defined]
-    return math.nan if sample is None else float(sample.moved)
+def _moved(step: StepStats, stream: str) -> float:
+    sample = step.streams[stream].sample
+    return math.nan if sample is None else sample.moved
 
 
 @dataclass(frozen=True)
@@ -244,15 +245,15 @@ class Decay(Rule):
             if not said or view.meant_frozen(stream):
                 continue
             lr, decay = said[0]
-            if not lr * decay > 0:
+            if not lr * decay > QUIET * self.most:
                 continue
             old = decay
             new = float(f"{1 / (lr * (view.intent.total_steps or 10_000)):.1g}")
             yield Signal(
                 stream if stream != keys.SHARED else None,
-                seen=f"{stream}: weight decay {old:g} at learning rate {lr:g} takes {lr * decay:.1%} of the weights a step",
+                seen=f"{stream}: weight decay {old:g} at learning rate {lr:g} takes {lr * decay:.1%} of it a step",
                 likely="a weight decay of another optimizer's convention, or off by powers of ten",
-                do=f"weight_decay {old:g} -> {new:g} (weights then fall by 1/e over the training; untested on your data)",
+                do=f"weight_decay {old:g} -> {new:g} (a fall by 1/e over the training; untested on your data)",
                 confirm="its weight norm stops falling",
                 strength=lr * decay / self.most,
                 evidence={
@@ -291,6 +292,8 @@ class Initial(Rule):
             if setup.norm or not setup.scale > 0 or not setup.trainable or view.meant_frozen(stream):
                 continue
             small = setup.scale < self.least
+            if self.least < setup.scale < self.most:
+                continue
             yield Signal(
                 stream,
                 seen=f"{stream}: the scale of its weights, w x sqrt(fan-in), is {setup.scale:.2g} at the start",
@@ -326,7 +329,7 @@ class NoGradient(Rule):
                 stream,
                 seen=f"{stream}: no gradients for {self.hold} steps",
                 likely=f"{used}; or gradients are cleared before they are measured",
-                do=f"look for .detach() or no_grad() between {stream} and the loss; declare it auxiliary if it is optional",
+                do=f"look for .detach() or no_grad() between {stream} and the loss; if it is optional, say so (auxiliary)",
                 confirm="this line clears",
                 evidence={"elements": 0.0},
             )
@@ -437,7 +440,8 @@ class NotCleared(Rule):
         ]
         trained = [stream for stream in view.streams if view.trained(stream)]
         whole = bool(found) and set(found) >= set(trained)
-        for stream in [None] if whole else found:
+        named: list[str | None] = [None] if whole else [*found]
+        for stream in named:
             yield Signal(
                 stream,
                 seen=f"{stream or 'all streams'}: gradients of the step before are still there when a step begins",

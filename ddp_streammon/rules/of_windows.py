@@ -10,10 +10,10 @@ from typing import ClassVar
 
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
-from ddp_streammon.rules.engine import Kind, Rule, Signal
+from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
 from ddp_streammon.rules.finding import Action
 from ddp_streammon.rules.of_training import together
-from ddp_streammon.rules.view import View
+from ddp_streammon.rules.view import JUMP, View
 from ddp_streammon.stats import StepStats
 
 UNTESTED = "untested on your data"
@@ -63,14 +63,16 @@ class RateJump(Rule):
     requires: ClassVar[tuple[str, ...]] = ("optimizer",)
 
     warm_up: int = 10
-    jump: float = 5.0
+    jump: float = JUMP
     """Half of what trainpulse and rules.md (LRS) call a jump; the peak makes it safe."""
     peak: float = 3.0
     """Schedules return to their peak; none is known to go beyond it by so much in one step."""
-    stands: ClassVar[int] = 20
+    stands: int = 20
+    """Measured steps."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        yield from together(view, self._of_streams(view), lambda: self._all(view))
+        if view.memory.jumps:
+            yield from together(view, self._of_streams(view), lambda: self._all(view))
 
     def _of_streams(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
@@ -79,16 +81,10 @@ class RateJump(Rule):
                 yield self._signal(view, stream, stream, *jumped)
 
     def _jumped(self, view: View, stream: str) -> tuple[float, float] | None:
-        number = view.number(stream)
-        steps = [step for step in view.steps if step.rank_facts]
-        rates = [statistics.median_low([rank.lr[number] for rank in step.rank_facts]) for step in steps]
-        based = max([*view.setup.streams[stream].rates, view.intent.lr.get(stream, 0.0)], default=0.0)
-        for place in range(max(1, len(rates) - self.stands), len(rates)):
-            before, now = rates[place - 1], rates[place]
-            reached = max([based, *rates[:place]])
-            if now >= self.jump * before > 0 and now > self.peak * reached:
-                return before, now
-        return None
+        count, before, now, peak = view.memory.jumps.get(stream, (0, 0.0, 0.0, 0.0))
+        reached = max([view.intent.lr.get(stream, 0.0), peak, *view.setup.streams[stream].rates])
+        late = count > self.warm_up and view.memory.count - count < self.stands
+        return (before, now) if late and now >= self.jump * before and now > self.peak * reached else None
 
     def _all(self, view: View) -> Signal:
         jumped = self._jumped(view, view.streams[0])
@@ -163,25 +159,26 @@ class RateGone(Rule):
 class Vanishing(_Windowed):
     """VAN: within a stream the gradient of the first layer is below `ratio` of that of the last, root mean squares, in
     the median of 40 steps. Layers of a homogeneous network have gradients of one size at usual initialisations, however
-    deep it is; saturating activations and wrong scales lose a factor in every layer."""
+    deep it is; saturating activations and wrong scales lose a factor in every layer. Streams with layers that begin at
+    zero (LoRA, zero-initialised branches) are left out: what is before these has no gradient at first."""
 
     id: ClassVar[str] = "VAN"
     requires: ClassVar[tuple[str, ...]] = ("samples of weights",)
 
     warm_up: int = 20
-    ratio: float = 1e-2
-    """AutoTrainer's beta1 (1e-3) times ten, as in rules.md: healthy runs of the zoo are above 0.2."""
+    ratio: float = 0.03
+    """Three times that of rules.md (AutoTrainer's beta1 is 1e-3): healthy runs of the zoo are above 0.8."""
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
             ratio = view.median(lambda step, s=stream: _ends(step, s), 40, 20)  # type: ignore[misc]
-            if not view.trained(stream) or math.isnan(ratio):
+            if not view.trained(stream) or not ratio * QUIET < self.ratio or view.setup.streams[stream].zeros:
                 continue
             yield Signal(
                 stream,
                 seen=f"{stream}: the gradient of its first layer is {ratio:.1e} of that of its last",
                 likely="saturating activations, or weights of too small a scale, in a deep stream",
-                do=f"normalisation or residual connections in {stream}, or activations that do not saturate ({UNTESTED})",
+                do=f"normalise or add residual connections in {stream}, or other activations ({UNTESTED})",
                 confirm=f"the ratio is above {self.ratio:g}",
                 strength=self.ratio / ratio if ratio > 0 else math.inf,
                 evidence={"ratio": ratio, "threshold": self.ratio},
@@ -220,7 +217,7 @@ class RateLow(_Windowed):
             q, rate = update(view, stream), view.lr(stream)
             alive = view.now.streams[stream].grad_norm > 0
             decayed = rate < 0.5 * view.memory.peak_lr.get(stream, 0.0)
-            if math.isnan(q) or not alive or decayed or not rate > 0 or not view.trained(stream):
+            if not q * QUIET < limit or not alive or decayed or not rate > 0 or not view.trained(stream):
                 continue
             yield self._signal(view, stream, q, rate, limit)
 
@@ -238,7 +235,7 @@ class RateLow(_Windowed):
         )
         return Signal(
             stream,
-            seen=f"{stream or 'all streams'}: a step changes the weights by {q:.1e} of their norm, at learning rate {rate:g}",
+            seen=f"{stream or 'all streams'}: a step changes {q:.1e} of the weights, at learning rate {rate:g}",
             likely="clipping leaves nothing of the gradient"
             if clipped
             else "the learning rate is off by powers of ten",
@@ -274,7 +271,7 @@ class RateHigh(_Windowed):
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
             q, rate = update(view, stream, 20, 5), view.lr(stream)
-            if math.isnan(q) or not view.trained(stream) or not rate > 0:
+            if not q > QUIET * self.most or not view.trained(stream) or not rate > 0:
                 continue
             wanted = float(f"{rate * 0.01 / q:.1g}") if q > 0 else rate
             yield Signal(
@@ -314,6 +311,8 @@ class UpdatesApart(_Windowed):
                 continue
             by_rate = view.lr(stream) <= 0.1 * view.lr(fast)
             limit = self.apart if by_rate else self.alike
+            if limit * moving[fast] < QUIET * q:
+                continue
             yield Signal(
                 stream,
                 seen=f"{stream} moves by {q:.1e} of its weights a step, {fast} by {moving[fast]:.1e}",
@@ -340,8 +339,8 @@ class Imbalance(_Windowed):
     pointer: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("two streams", "samples of weights")
 
-    factor: float = 6.0
-    """rules.md, IMB: healthy medians of 40 steps are below 3.3."""
+    factor: float = 4.5
+    """Healthy medians of 40 steps are below 3.3 (zoo/README.md), 2.9 where both ratios count; rules.md has 6."""
 
     def check(self, view: View) -> Iterator[Signal]:
         sizes = {}
@@ -355,6 +354,8 @@ class Imbalance(_Windowed):
         high = max(sizes, key=lambda stream: sizes[stream][0])
         low = min(sizes, key=lambda stream: sizes[stream][0])
         ratio = min(sizes[high][0] / sizes[low][0], sizes[high][1] / sizes[low][1])
+        if ratio < QUIET * self.factor:
+            return
         yield Signal(
             high,
             seen=f"the gradients of {high} are {ratio:.2g} times those of {low}",
@@ -373,8 +374,8 @@ def _last(step: StepStats, stream: str) -> float:
 
 @dataclass(frozen=True)
 class WeightsGrow(_Windowed):
-    """WGR: a stream's weights have grown `factor`-fold within 40 steps and `since_start`-fold since the start, and go on
-    growing: by two percent a step, which is exponential growth and no learning."""
+    """WGR: a stream's weights have grown `factor`-fold within 40 steps and `since_start`-fold since the start, and go
+    on growing: by two percent a step, which is exponential growth and no learning."""
 
     id: ClassVar[str] = "WGR"
     destabilises: ClassVar[bool] = True
@@ -395,15 +396,17 @@ class WeightsGrow(_Windowed):
             if len(weights) < 10 or not start > 0 or not weights[0] > 0:
                 continue
             growth, whole = weights[-1] / weights[0], weights[-1] / start
+            if growth < QUIET * self.factor or whole < QUIET * self.since_start:
+                continue
             half = weights[-1] / weights[len(weights) // 2]
             still = math.log(half) / (0.25 * math.log(self.factor)) if half > 0 else 0.0
             rate, decay = view.lr(stream), view.now.rank_facts[0].weight_decay[view.number(stream)]
             yield Signal(
                 stream,
-                seen=f"{stream}: its weights have grown {growth:.2g}-fold in {len(weights)} steps, {whole:.2g}-fold since "
-                "the start",
+                seen=f"{stream}: its weights have grown {growth:.2g}-fold in {len(weights)} steps, {whole:.2g}-fold "
+                "since the start",
                 likely="a learning rate that is too high, or a decay with the wrong sign",
-                do=f"learning rate {rate:g} -> {rate / 10:g} ({UNTESTED}); look for what else changes {stream}'s weights",
+                do=f"learning rate {rate:g} -> {rate / 10:g} ({UNTESTED}); look for what else changes the weights",
                 confirm="its weight norm stops growing",
                 strength=min(growth / self.factor, whole / self.since_start, still),
                 evidence={"growth": growth, "since_start": whole, keys.WEIGHT_DECAY: decay, "threshold": self.factor},
@@ -423,15 +426,17 @@ class WeightsShrink(_Windowed):
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
-            weights = view.series(lambda step, s=stream: _weight(step, s), 100)  # type: ignore[misc]
-            if len(weights) < 20 or not weights[0] > 0 or not view.trained(stream):
+            first, last = (_weight(view.steps[place], stream) for place in (-min(100, len(view.steps)), -1))
+            if len(view.steps) < 20 or not first > 0 or not view.trained(stream):
                 continue
-            lost = 1 - weights[-1] / weights[0]
+            lost = 1 - last / first
+            if not lost > QUIET * self.share:
+                continue
             decay = view.now.rank_facts[0].weight_decay[view.number(stream)] if view.now.rank_facts else math.nan
             action = Action(keys.WEIGHT_DECAY, stream, decay / 10, decay) if decay > 0 else None
             yield Signal(
                 stream,
-                seen=f"{stream}: its weights have lost {lost:.0%} of their norm in {len(weights)} steps",
+                seen=f"{stream}: its weights have lost {lost:.0%} of their norm in {min(100, len(view.steps))} steps",
                 likely="a weight decay that is stronger than the gradients",
                 do=f"weight_decay {decay:g} -> {decay / 10:g} ({UNTESTED})",
                 confirm="its weight norm stops falling",
@@ -455,7 +460,9 @@ class ClippedAway(_Windowed):
 
     def check(self, view: View) -> Iterator[Signal]:
         clip, norm = view.intent.clip_norm or math.nan, _total(view)
-        wanted = float(f"{2 * norm:.2g}") if norm > 0 else math.nan
+        if not norm > QUIET * self.factor * clip:
+            return
+        wanted = float(f"{2 * norm:.2g}")
         yield Signal(
             seen=f"the gradient's norm is {norm:.3g}, and it is clipped to {clip:g} in every step",
             likely="the clipping norm is off by powers of ten",
@@ -463,7 +470,7 @@ class ClippedAway(_Windowed):
             confirm="most steps are not clipped",
             strength=norm / clip / self.factor,
             evidence={"norm": norm, "clip_norm": clip, "threshold": self.factor},
-            action=Action("clip_norm", keys.SHARED, wanted, clip) if wanted > 0 else None,
+            action=Action("clip_norm", keys.SHARED, wanted, clip),
             severity=Severity.info if view.setup.adaptive else None,
         )
 
@@ -500,8 +507,8 @@ class Stalled(_Windowed):
         yield Signal(
             seen=f"the loss is {now:.3g} after {view.now.step} steps and was {start:.3g} at the start"
             + (f"; chance is {chance:.3g}" if at_chance else ""),
-            likely="labels that do not belong to the inputs, a loss of the wrong quantity (probabilities for logits), or a "
-            "learning rate that is far too low",
+            likely="labels that do not belong to the inputs, a loss of the wrong quantity (probabilities for logits), "
+            "or a learning rate that is far too low",
             do="train on one batch until its loss is near 0: if that fails look at the loss, else at the labels",
             confirm="the loss falls below chance",
             evidence={"loss": now, "start": start} | ({"chance": chance} if at_chance else {}),
@@ -534,6 +541,8 @@ class Diverging(_Windowed):
         least = min(self.least, abs(start) / 4) or self.least
         if gained < least:  # never learned: nothing to lose, but it may explode from the start
             gained = max(abs(start), least)
+        if now - best < QUIET * least:
+            return
         yield Signal(
             seen=f"the loss is {now:.3g}, its best was {best:.3g}, and it began at {start:.3g}",
             likely="a learning rate that is too high for where the training is",

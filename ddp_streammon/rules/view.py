@@ -20,6 +20,8 @@ WINDOW = 128
 """Measured steps that rules can look back."""
 START = 5
 """Measured steps after which the start is taken to be over (rules.md: "w[s, step 5]")."""
+JUMP = 5.0
+"""A smaller factor between two steps' learning rates is no jump (half of what trainpulse calls one)."""
 BATCHES = 65_536
 """Batches that are remembered, to see whether their order comes back."""
 
@@ -38,6 +40,9 @@ class Memory:
     peak_lr: dict[str, float] = field(default_factory=dict)
     """Of each stream, the largest learning rate before the present step."""
     last_lr: dict[str, float] = field(default_factory=dict)
+    jumps: dict[str, tuple[int, float, float, float]] = field(default_factory=dict)
+    """Of each stream, the last time that its learning rate was multiplied by `JUMP` or more: the count, the rate before
+    and after, and its peak before."""
     start_weight: dict[str, float] = field(default_factory=dict)
     """Of each stream, the norm of its sampled weights at step `START`."""
     alive: dict[str, int] = field(default_factory=dict)
@@ -66,7 +71,11 @@ class Memory:
                 self.peak_lr[name] = max(self.peak_lr.get(name, 0.0), self.last_lr[name])
             rates = [rank.lr[number] for rank in stats.rank_facts if number < len(rank.lr)]
             if rates and not any(map(math.isnan, rates)):
-                self.last_lr[name] = rate = statistics.median_low(rates)
+                rate = rates[0] if len(rates) == 1 else statistics.median_low(rates)
+                before = self.last_lr.get(name, 0.0)
+                if before > 0 and rate >= JUMP * before:
+                    self.jumps[name] = (self.count, before, rate, self.peak_lr.get(name, 0.0))
+                self.last_lr[name] = rate
                 so_far = self.low_lr.get(name, 0)
                 self.low_lr[name] = so_far + 1 if rate == 0 and so_far >= 0 else -1
             if stream.grad_norm > 0:
@@ -82,7 +91,11 @@ class Memory:
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> Memory:
         """The inverse of `state_dict`."""
-        return cls(**{name: (dict(v) if isinstance(v, Mapping) else v) for name, v in state.items()})
+        memory = cls()
+        for name, value in state.items():
+            setattr(memory, name, dict(value) if isinstance(value, Mapping) else value)
+        memory.jumps = {name: (int(jump[0]), *map(float, jump[1:])) for name, jump in memory.jumps.items()}  # type: ignore[misc]
+        return memory
 
     def _follow_batches(self, stats: StepStats) -> None:
         first = next((rank for rank in stats.rank_facts if rank.rank == 0), None)
@@ -116,9 +129,13 @@ class View:
         """The user's streams, without `shared`."""
         return tuple(name for name in self.now.streams if name != keys.SHARED)
 
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.now.streams)}
+
     def number(self, stream: str) -> int:
         """Its place among all streams."""
-        return list(self.now.streams).index(stream)
+        return self._numbers[stream]
 
     def sample(self, stream: str) -> Sample | None:
         return self.now.streams[stream].sample
