@@ -38,7 +38,7 @@ from ddp_streammon.measurement import GradientMeter
 from ddp_streammon.plan import Measurement
 from ddp_streammon.report import Outcome, Report, RunInfo, Sink, summary_text
 from ddp_streammon.rules import evidence, exact, guide, own_gradients, ranks
-from ddp_streammon.rules.engine import Engine
+from ddp_streammon.rules.engine import Engine, Preflight
 from ddp_streammon.rules.finding import Finding, StreamSettings
 from ddp_streammon.sinks import FanOut, WandbSink, active_wandb_run
 from ddp_streammon.stats import Figures, ScalarLike, StepStats, Total
@@ -377,6 +377,26 @@ class StreamMonitor(Joinable):
                 self.history, self.streams.user_names, self._settings(), severity=self.config.rule_severity
             )
         return [*self._standing, *advice]
+
+    def preflight(self) -> Preflight:
+        """What does not train, after the first steps (50, say): frozen, absent from the optimizer, at learning rate 0,
+        without gradients, not synchronised, fed the same data, lost to rounding, in eval mode; and which rules could
+        not be evaluated, and why. Print it. Comm: none. Sync: waits for what is under way.
+
+        Errors: ValueError with another rule set than `evidence`.
+        """
+        if self._engine is None:
+            raise ValueError(f"a preflight needs rules=evidence, the monitor has rules={self.config.rules.value}")
+        self.flush()
+        return self._engine.preflight()
+
+    def declare_frozen(self, streams: Iterable[str]) -> None:
+        """From now on these streams, and no others, are frozen on purpose beside those of the configuration's intent.
+
+        To be called alike on every rank. Errors: KeyError for a stream that is not there. Comm: none."""
+        names = [self.streams[name].name for name in streams]
+        if self._engine is not None:
+            self._engine.declare_frozen(names)
 
     def noise_scale(self) -> dict[str, noise.NoiseScale]:
         """Each stream's gradient noise scale in samples, over the last `noise.WINDOW` measured steps that arrived: from

@@ -19,7 +19,7 @@ STREET = (
     *("config", "keys", "streams", "shards", "moments", "packet", "collective", "ranks", "stats", "noise"),
     *("weights", "updates", "linear", "plan", "user_numbers", "clipping", "local_gradients"),
     *("inputs", "sampled", "measurement", "steps", "described"),
-    *("evaluation", "history", "rules", "report", "sinks", "actions", "monitor", "adapters", "train"),
+    *("evaluation", "history", "rules", "report", "sinks", "actions", "monitor", "replay", "adapters", "train"),
 )
 """A module imports only from modules before it; inside a package siblings are fine."""
 OPTIONAL = ("hydra", "omegaconf", "wandb", "matplotlib", "lightning", "transformers")

@@ -108,6 +108,26 @@ class Rule:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Preflight:
+    """What the first steps say of a training: `findings` of what does not train, and the rules that could not be
+    evaluated, with the reason. `ok` where nothing of it is an alarm; `str()` is a text for people."""
+
+    steps: int
+    findings: tuple[Finding, ...]
+    not_evaluated: Mapping[str, str]
+    summary: str
+
+    @property
+    def ok(self) -> bool:
+        return not any(_is_alarm(finding) for finding in self.findings)
+
+    def __str__(self) -> str:
+        lines = [f"preflight after {self.steps} measured steps:"]
+        lines += [f"  {finding.severity.value:<8}{finding.rule:<8}{finding.told()}" for finding in self.findings]
+        return "\n".join([*lines, f"  {self.summary}"])
+
+
 @dataclass
 class _Run:
     """How long a condition has held, or has been quiet."""
@@ -138,7 +158,7 @@ class Engine:
         thresholds: Mapping[str, float] | None = None,
     ) -> None:
         """Errors: ValueError for an id that is not there or twice, and for a threshold that a rule does not have."""
-        self.rules = _adjusted(rules, tuple(mute), thresholds or {})
+        self.rules = adjusted(rules, tuple(mute), thresholds or {})
         self.setup = setup
         self._intent = intent
         self._steps: deque[StepStats] = deque(maxlen=WINDOW)
@@ -176,6 +196,10 @@ class Engine:
                 self._evaluate(rule, view)
         return self.findings
 
+    def declare_frozen(self, streams: Iterable[str]) -> None:
+        """These streams, and no others, are no longer trained on purpose, whatever was declared at the start."""
+        self._memory.frozen = sorted(streams)
+
     def claim(self, findings: Iterable[Finding]) -> list[Finding]:
         """Take in the findings of an evaluation, of the class `evaluated`: they stand until the next one."""
         for key in [key for key, run in self._runs.items() if run.finding is not None and self._is_claim(key[0])]:
@@ -184,6 +208,13 @@ class Engine:
             cause = self._cause(Kind.evaluated, finding.rule, finding.stream, finding.rank)
             self._runs[finding.rule, finding.stream, finding.rank] = _Run(finding=_demoted(finding, cause))
         return self.findings
+
+    def preflight(self) -> Preflight:
+        """What does not train, as far as it was seen, and what could not be looked at."""
+        said = tuple(
+            f for f in self.findings if _is_alarm(f) or (f.rule in self._by_id and self._by_id[f.rule].preflight)
+        )
+        return Preflight(self._memory.count, said, self.not_evaluated(), str(self.nothing_found()))
 
     def not_evaluated(self) -> dict[str, str]:
         """Rule id -> why it could not be evaluated so far."""
@@ -204,7 +235,9 @@ class Engine:
             because.setdefault(reason, []).append(name)
         why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in because.items())
         rest = f"; {len(missing)} not evaluated ({why})" if missing else ""
-        return Finding(f"no alarm from {len(self.rules) - len(missing)} rules{rest}", rule="OK", step=step)
+        alarms = sum(map(_is_alarm, self.findings))
+        told = f"{alarms} alarm{'s' if alarms > 1 else ''}" if alarms else "no alarm"
+        return Finding(f"{told} from {len(self.rules) - len(missing)} rules{rest}", rule="OK", step=step)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -315,7 +348,8 @@ class Engine:
         return rule not in self._by_id
 
 
-def _adjusted(rules: Sequence[Rule], mute: Sequence[str], thresholds: Mapping[str, float]) -> tuple[Rule, ...]:
+def adjusted(rules: Sequence[Rule], mute: Sequence[str], thresholds: Mapping[str, float]) -> tuple[Rule, ...]:
+    """The rules without the muted ones, with other thresholds. Errors: ValueError for names that are not there."""
     names = [rule.id for rule in rules]
     twice = [name for name in names if names.count(name) > 1 or not name]
     if twice:

@@ -329,7 +329,7 @@ class NoGradient(Rule):
                 stream,
                 seen=f"{stream}: no gradients for {self.hold} steps",
                 likely=f"{used}; or gradients are cleared before they are measured",
-                do=f"look for .detach() or no_grad() between {stream} and the loss; if it is optional, say so (auxiliary)",
+                do=f"look for .detach() or no_grad() after {stream}; if it is optional, declare it auxiliary",
                 confirm="this line clears",
                 evidence={"elements": 0.0},
             )

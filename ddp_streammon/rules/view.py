@@ -45,6 +45,8 @@ class Memory:
     and after, and its peak before."""
     start_weight: dict[str, float] = field(default_factory=dict)
     """Of each stream, the norm of its sampled weights at step `START`."""
+    frozen: list[str] = field(default_factory=list)
+    """Streams of which it was said meanwhile that they are no longer trained."""
     alive: dict[str, int] = field(default_factory=dict)
     """Of each stream, the steps in which it had a gradient other than zero."""
     low_lr: dict[str, int] = field(default_factory=dict)
@@ -158,7 +160,8 @@ class View:
     def meant_frozen(self, stream: str) -> bool:
         """Whether it was declared that the stream is not trained now."""
         begins = self.intent.frozen_from.get(stream)
-        return stream in (self.intent.frozen or ()) or (begins is not None and self.now.step >= begins)
+        told = (*(self.intent.frozen or ()), *self.memory.frozen)
+        return stream in told or (begins is not None and self.now.step >= begins)
 
     def trained(self, stream: str) -> bool:
         """Whether the stream is to learn now: not declared frozen, it has trainable tensors, and a learning rate."""

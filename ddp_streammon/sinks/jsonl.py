@@ -205,15 +205,15 @@ def _restored(record: dict[str, Any]) -> dict[str, Any]:
         for finding in record["findings"]
     ]
     whole = record | {"values": _floats(record["values"]), "findings": findings}
-    return whole | {"measured": _all_floats(record["measured"])} if "measured" in record else whole
+    return whole | {"measured": all_floats(record["measured"])} if "measured" in record else whole
 
 
-def _all_floats(value: Any) -> Any:
+def all_floats(value: Any) -> Any:
     """The same with floats for the names of nan and infinities, at any depth."""
     if isinstance(value, dict):
-        return {key: _all_floats(item) for key, item in value.items()}
+        return {key: all_floats(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_all_floats(item) for item in value]
+        return [all_floats(item) for item in value]
     return _NONFINITE.get(value, value) if isinstance(value, str) else value
 
 
