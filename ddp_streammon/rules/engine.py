@@ -64,6 +64,10 @@ class Signal:
     action: Action | None = None
     severity: Severity | None = None
     """Other than the rule's."""
+    patience: int = 0
+    """Evaluations that it has to hold beyond the rule's `hold`."""
+    first: bool = False
+    """Whether it is the first of its causes for certain: no other finding explains it."""
 
 
 @dataclass(frozen=True)
@@ -302,10 +306,11 @@ class Engine:
             run.held = 0
             return
         run.held += 1
-        wanted = rule.hold + 4 * run.longest if rule.intermittent else rule.hold
+        wanted = rule.hold + signal.patience + (4 * run.longest if rule.intermittent else 0)
         if run.held >= wanted:
             finding = _finding(rule, signal, view.now.step, since=view.back(run.held * rule.every))
-            run.finding = _demoted(finding, self._cause(rule.kind, rule.id, signal.stream, signal.rank))
+            cause = None if signal.first else self._cause(rule.kind, rule.id, signal.stream, signal.rank)
+            run.finding = _demoted(finding, cause)
             run.quiet = 0
 
     def _cause(self, kind: Kind, rule: str, stream: str | None, rank: int | None) -> str | None:

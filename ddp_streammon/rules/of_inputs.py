@@ -77,13 +77,15 @@ class ConstantInput(_Empty):
 
     id: ClassVar[str] = "INC"
 
+    hold: int = 3
+
     def empty(self, view: View, stream: str, rank: int, of: StreamInput) -> bool:
         if of.constant != 1 or not of.abs_max > 0:
             return False
         number = view.number(stream)
-        means = view.of_rank(rank, lambda facts: _input(facts, number).mean, self.hold)
-        peaks = view.of_rank(rank, lambda facts: _input(facts, number).abs_max, self.hold)
-        return len(set(means)) <= 1 and len(set(peaks)) == 1
+        means = view.of_rank(rank, lambda facts: _input(facts, number).mean, 2)
+        peaks = view.of_rank(rank, lambda facts: _input(facts, number).abs_max, 2)
+        return len(set(means)) <= 1 and len(set(peaks)) == 1 and len(peaks) == min(2, len(view.steps))
 
     def signal(self, stream: str, rank: int | None, where: str) -> Signal:
         return Signal(
@@ -108,6 +110,7 @@ class Unscaled(Rule):
     before it, since then it sees what they give."""
 
     id: ClassVar[str] = "INN"
+    destabilises: ClassVar[bool] = True
     kind: ClassVar[Kind] = Kind.input
     requires: ClassVar[tuple[str, ...]] = ("inputs",)
 
@@ -142,6 +145,7 @@ class OtherScale(Rule):
     square of 1 is named where that is clear (`factor` again), or none."""
 
     id: ClassVar[str] = "INR"
+    destabilises: ClassVar[bool] = True
     kind: ClassVar[Kind] = Kind.input
     requires: ClassVar[tuple[str, ...]] = ("inputs", "data ranks", "no model peers")
 

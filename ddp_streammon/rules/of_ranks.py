@@ -56,6 +56,8 @@ class OtherSettings(Rule):
                 if not out:
                     continue
                 rank = single(out)
+                if rank is None and len(values) == 2:
+                    rank = self._undeclared(view, number, setting)
                 if rank is None and len(values) == 2 and setting == keys.LEARNING_RATE:
                     rank = self._odd(view, number, values)
                 right = next(
@@ -71,6 +73,20 @@ class OtherSettings(Rule):
                     evidence={f"rank {at}": value for at, value in list(values.items())[:16]},
                     action=None if right is None or rank is None else Action(setting, stream, right, values[rank]),
                 )
+
+    def _undeclared(self, view: View, number: int, setting: str) -> int | None:
+        """The one rank whose setting (a learning rate's base) is not the declared one; None where it is not one."""
+        name = list(view.now.streams)[number]
+        rates = setting == keys.LEARNING_RATE
+        meant = (view.intent.lr if rates else view.intent.weight_decay).get(name)
+        if meant is None:
+            return None
+        others = []
+        for facts in view.now.rank_facts:
+            base = facts.lr[number] if facts.detail is None else facts.detail.base_lr[number]
+            if not math.isclose(base if rates else facts.weight_decay[number], meant, rel_tol=1e-6):
+                others.append(facts.rank)
+        return single(others)
 
     def _odd(self, view: View, number: int, values: Mapping[int, float]) -> int | None:
         """Of two ranks the one whose rate does not fit its other streams'; None where both do, or neither."""

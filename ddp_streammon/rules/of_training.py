@@ -44,6 +44,7 @@ class NonFinite(Rule):
     skipped step, which is its business; non-finite inputs are not. No threshold."""
 
     id: ClassVar[str] = "NF"
+    outcome: ClassVar[bool] = True
     kind: ClassVar[Kind] = Kind.nonfinite
     severity: ClassVar[Severity] = Severity.error
 
@@ -80,6 +81,7 @@ class NonFinite(Rule):
             if stream and whose is not None
             else "a corrupt record, or a step that was too long",
             do=f"look at the batch of step {view.now.step} on {few(bad)}, skip it, and go on from the last checkpoint",
+            first=seen.startswith("the input"),
             confirm="this line clears and the loss is finite",
             evidence={"nonfinite": float(count)} | {f"rank {rank}": 1.0 for rank in bad[:16]},
         )
@@ -315,8 +317,10 @@ class NoGradient(Rule):
     intermittent: ClassVar[bool] = True
     preflight: ClassVar[bool] = True
 
-    hold: int = 5
-    """rules.md, DET."""
+    hold: int = 4
+    """rules.md, DET: 5, and so it is where the stream was never alive for long (`fresh`)."""
+    fresh: int = 20
+    """Steps with a gradient, after which it is known not to be missing often."""
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
@@ -332,6 +336,7 @@ class NoGradient(Rule):
                 do=f"look for .detach() or no_grad() after {stream}; if it is optional, declare it auxiliary",
                 confirm="this line clears",
                 evidence={"elements": 0.0},
+                patience=int(view.memory.alive.get(stream, 0) < self.fresh),
             )
 
 
@@ -346,8 +351,10 @@ class Dead(Rule):
     intermittent: ClassVar[bool] = True
     preflight: ClassVar[bool] = True
 
-    hold: int = 5
-    """rules.md, DEAD."""
+    hold: int = 4
+    """rules.md, DEAD: 5, and so it is where the stream was never alive for long (`fresh`)."""
+    fresh: int = 20
+    """Steps with a gradient, after which it is known not to be missing often."""
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
@@ -362,6 +369,7 @@ class Dead(Rule):
                 do=f"look at {stream}'s biases, its weight in the fusion, and its input; initialise it anew",
                 confirm="this line clears",
                 evidence={"elements": float(of.elements), "norm": 0.0},
+                patience=int(view.memory.alive.get(stream, 0) < self.fresh),
             )
 
 

@@ -30,14 +30,32 @@ def _weight(step: StepStats, stream: str) -> float:
 
 
 def _ends(step: StepStats, stream: str) -> float:
-    """Gradient of the first layer over that of the last."""
+    """Gradient of the first layer over that of the last; nan where one of them is zero, as with an empty input."""
     sample = step.streams[stream].sample
-    return sample.first / sample.last if sample is not None and sample.last > 0 else math.nan
+    return sample.first / sample.last if sample is not None and sample.last > 0 and sample.first > 0 else math.nan
 
 
 def update(view: View, stream: str, count: int = 40, least: int = 20) -> float:
-    """The median update-to-weight ratio of a stream's last measured steps."""
-    return view.median(lambda step: _update(step, stream), count, least)
+    """The median update-to-weight ratio of a stream's last measured steps, since its learning rate was last zero; nan
+    with fewer than `least`."""
+    number = view.number(stream)
+    values = []
+    for step, before in zip(view.steps[: -count - 1 : -1], view.steps[-2 : -count - 2 : -1], strict=False):
+        if any(rank.lr[number] == 0 for rank in before.rank_facts):
+            break
+        values.append(_update(step, stream))
+    values = [value for value in values if math.isfinite(value)]
+    return statistics.median(values) if len(values) >= least else math.nan
+
+
+def missed(view: View, stream: str, count: int) -> bool:
+    """Whether the stream had no gradient, or an empty input on a rank, in one of the last measured steps."""
+    number = view.number(stream)
+    return any(
+        not step.streams[stream].grad_norm > 0
+        or any(rank.detail is not None and rank.detail.inputs[number].abs_max == 0 for rank in step.rank_facts)
+        for step in view.steps[-count:]
+    )
 
 
 @dataclass(frozen=True)
@@ -196,8 +214,8 @@ class RateLow(_Windowed):
 
     least: float = 1e-6
     """rules.md, LRL: a training of a million such steps moves weights by their own size at most."""
-    slow: float = 3e-6
-    """Twice the 1.2e-6 to 2e-6 that zoo/README.md calls too low where the loss does not fall."""
+    slow: float = 3e-5
+    """Thousands of such steps leave the weights where they are; healthy runs whose loss does not fall are above 1e-4."""
 
     def check(self, view: View) -> Iterator[Signal]:
         yield from together(view, self._of_streams(view), lambda: self._whole(view))
@@ -333,7 +351,8 @@ class UpdatesApart(_Windowed):
 class Imbalance(_Windowed):
     """IMB: the gradient of a stream's last layer (root mean square) and its whole gradient (norm) are both `factor`
     times another's, in the median of 40 steps. No other finding may be its reason, and it is a pointer: the ratio is no
-    property of the function (evidence.md, finding 1), and depth, width and normalisation change it."""
+    property of the function (evidence.md, finding 1), and depth, width and normalisation change it. Streams that miss
+    steps have smaller gradients for that reason."""
 
     id: ClassVar[str] = "IMB"
     pointer: ClassVar[bool] = True
@@ -354,7 +373,7 @@ class Imbalance(_Windowed):
         high = max(sizes, key=lambda stream: sizes[stream][0])
         low = min(sizes, key=lambda stream: sizes[stream][0])
         ratio = min(sizes[high][0] / sizes[low][0], sizes[high][1] / sizes[low][1])
-        if ratio < QUIET * self.factor:
+        if ratio < QUIET * self.factor or missed(view, low, 40) or missed(view, high, 40):
             return
         yield Signal(
             high,
