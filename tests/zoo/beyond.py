@@ -60,14 +60,6 @@ class RankSticks(Training):
         return inputs, target
 
 
-@fault("x_rank_label_offset", "rank_outlier", accept=("labels", "shard"), rank=CULPRIT, extra=True)
-class RankOffset(Training):
-    """One rank counts its classes from one."""
-
-    def batch(self, inputs: list[Any], target: Tensor) -> Batch:
-        return inputs, (target + 1) % 10 if self.rank == CULPRIT else target
-
-
 @fault("x_rank_decay_second", "desync", accept=("config",), stream=SECOND, rank=CULPRIT, exact=True, extra=True)
 class RankDecay(Training):
     """One rank has another weight decay for a stream."""

@@ -88,7 +88,7 @@ class Perturbed(Training):
                 next(self.encoder_of(1).parameters()).mul_(1.2)
 
 
-@fault("desync_clipping", "desync", accept=("config", "rank_outlier"), exact=True)
+@fault("desync_clipping", "desync", accept=("config", "rank_outlier"), rank=0, exact=True)
 class ClipsAlone(Training):
     """Only rank 0 clips."""
 
