@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ddp_streammon.shards import local
 from ddp_streammon.streams import StreamSet, unwrap
 
 ITEMS, FEATURES = 32, 1024
@@ -57,7 +58,8 @@ class Inputs:
         """A forward begins."""
         tensor = next((value for value in (*args, *kwargs.values()) if _can_be_read(value)), None)
         if tensor is not None:
-            self._seen[place].append(_figures(tensor.detach(), len(tensor) if place % 2 == 0 else 0))
+            whole = local(tensor.detach())
+            self._seen[place].append(_figures(whole, len(whole) if place % 2 == 0 else 0))
 
     def wanted(self) -> bool:
         """Whether this forward is one of training."""

@@ -322,7 +322,7 @@ class GradientMeter:
             rank=self._rank,
             lr=tuple(_on_host(group.get("lr")) for group in settings),
             weight_decay=tuple(_on_host(group.get("weight_decay")) for group in settings),
-            training=float(self._model.training),
+            training=float(self._model.training and self._streams.model.training),
             samples=_on_host(samples),
             step_seconds=step,
             busy_seconds=busy,

@@ -244,10 +244,10 @@ class Engine:
         return Finding(f"{told} from {len(self.rules) - len(missing)} rules{rest}", rule="OK", step=step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values; how long steps took is not among them, so that a resumed training is the same."""
         return {
             "memory": self._memory.state_dict(),
-            "steps": [step.to_dict() for step in self._steps],
+            "steps": [_untimed(step).to_dict() for step in self._steps],
             "evaluated": sorted(self._evaluated),
             "cleared": [[*whom, count] for whom, count in self._cleared.items()],
             "runs": [
@@ -391,6 +391,11 @@ def _finding(rule: Rule, signal: Signal, step: int, *, since: int) -> Finding:
         do=signal.do,
         confirm=signal.confirm,
     )
+
+
+def _untimed(step: StepStats) -> StepStats:
+    facts = (replace(of, step_seconds=math.nan, busy_seconds=math.nan) for of in step.rank_facts)
+    return replace(step, rank_facts=tuple(facts))
 
 
 def _is_alarm(finding: Finding) -> bool:

@@ -46,6 +46,9 @@ class OtherSettings(Rule):
     preflight: ClassVar[bool] = True
 
     def check(self, view: View) -> Iterator[Signal]:
+        first, *others = view.now.rank_facts
+        if all(rank.lr == first.lr and rank.weight_decay == first.weight_decay for rank in others):
+            return
         for number, stream in enumerate(view.now.streams):
             for setting, word, of in (
                 (keys.LEARNING_RATE, "learning rate", lambda facts: facts.lr),
@@ -208,6 +211,9 @@ class Diverged(Rule):
     """Above what steps of one learning rate differ by; a rank whose updates are clipped does not jump upwards."""
 
     def check(self, view: View) -> Iterator[Signal]:
+        prints = {detail.weights for detail in view.details.values()}
+        if len(prints) < 2 and not view.now.replicas:
+            return
         found = dict(self._found(view))
         whole = len(found) == len(view.now.streams) > 1
         everyone = sorted({rank for out in found.values() for rank in out})

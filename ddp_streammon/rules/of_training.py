@@ -463,7 +463,8 @@ class NotCleared(Rule):
 @dataclass(frozen=True)
 class LeftInEval(Rule):
     """MODE of all: the model is in eval mode on every rank while it trains, and has modules that then do something
-    else. Where the model is in training mode and all such modules are not (a norm layer kept frozen), information."""
+    else, or all of these were in training mode before and are no longer. Where they never were (norm layers that are
+    kept frozen), information."""
 
     id: ClassVar[str] = "EVAL"
     requires: ClassVar[tuple[str, ...]] = ("eval modules",)
@@ -477,8 +478,9 @@ class LeftInEval(Rule):
         if view.intent.eval_modules or not modes:
             return
         inside = [detail.in_eval for detail in view.details.values()]
-        whole = not any(modes) and (not inside or min(inside) > 0)
-        if not whole and not (inside and min(inside) == 1):
+        all_inside = bool(inside) and min(inside) == 1
+        whole = (not any(modes) and (not inside or min(inside) > 0)) or (all_inside and view.memory.trained_mode)
+        if not whole and not all_inside:
             return
         yield Signal(
             seen="the model trains in eval mode" if whole else "all dropout and batch norm modules are in eval mode",

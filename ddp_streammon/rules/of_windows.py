@@ -49,10 +49,12 @@ def update(view: View, stream: str, count: int = 40, least: int = 20) -> float:
 
 
 def missed(view: View, stream: str, count: int) -> bool:
-    """Whether the stream had no gradient, or an empty input on a rank, in one of the last measured steps."""
+    """Whether the stream had no gradient, a learning rate of zero, or an empty input on a rank, in one of the last
+    measured steps."""
     number = view.number(stream)
     return any(
         not step.streams[stream].grad_norm > 0
+        or any(rank.lr[number] == 0 for rank in step.rank_facts)
         or any(rank.detail is not None and rank.detail.inputs[number].abs_max == 0 for rank in step.rank_facts)
         for step in view.steps[-count:]
     )
@@ -215,7 +217,7 @@ class RateLow(_Windowed):
     least: float = 1e-6
     """rules.md, LRL: a training of a million such steps moves weights by their own size at most."""
     slow: float = 3e-5
-    """Thousands of such steps leave the weights where they are; healthy runs whose loss does not fall are above 1e-4."""
+    """Thousands of such steps leave weights where they are; healthy runs whose loss does not fall are above 1e-4."""
 
     def check(self, view: View) -> Iterator[Signal]:
         yield from together(view, self._of_streams(view), lambda: self._whole(view))
@@ -350,9 +352,10 @@ class UpdatesApart(_Windowed):
 @dataclass(frozen=True)
 class Imbalance(_Windowed):
     """IMB: the gradient of a stream's last layer (root mean square) and its whole gradient (norm) are both `factor`
-    times another's, in the median of 40 steps. No other finding may be its reason, and it is a pointer: the ratio is no
-    property of the function (evidence.md, finding 1), and depth, width and normalisation change it. Streams that miss
-    steps have smaller gradients for that reason."""
+    times another's, in the median of 40 steps. Where they were not in the first steps, the stream that has lost its
+    gradient is named, else the one that always had more. It is a pointer, and gives way to any other finding: the ratio
+    is no property of the function (evidence.md, finding 1), and depth, width and normalisation change it. Streams that
+    miss steps have smaller gradients for that reason, and are left out."""
 
     id: ClassVar[str] = "IMB"
     pointer: ClassVar[bool] = True
@@ -375,14 +378,22 @@ class Imbalance(_Windowed):
         ratio = min(sizes[high][0] / sizes[low][0], sizes[high][1] / sizes[low][1])
         if ratio < QUIET * self.factor or missed(view, low, 40) or missed(view, high, 40):
             return
+        start = view.memory.start_grad
+        began = start[high] / start[low] if start.get(low, 0.0) > 0 and high in start else math.nan
+        lost = began < self.factor / 2
         yield Signal(
-            high,
-            seen=f"the gradients of {high} are {ratio:.2g} times those of {low}",
-            likely=f"the features of {high} are larger, or those of {low} say little",
-            do=f"compare the scales of both streams' features; normalise them before the fusion ({UNTESTED})",
+            low if lost else high,
+            seen=f"the gradients of {high} are {ratio:.2g} times those of {low}"
+            + (f", and were {began:.2g} times at the start" if lost else " since the start"),
+            likely=f"the features of {low} say little of the target: items that do not belong together, or noise"
+            if lost
+            else f"the features of {high} are larger than those of {low}",
+            do=f"check that the items of {low} belong to the labels"
+            if lost
+            else f"compare the scales of both streams' features; normalise them before the fusion ({UNTESTED})",
             confirm=f"{low}'s validation figures, alone and left out",
             strength=ratio / self.factor,
-            evidence={"ratio": ratio, "threshold": self.factor, high: sizes[high][0], low: sizes[low][0]},
+            evidence={"ratio": ratio, "at the start": began, "threshold": self.factor},
         )
 
 

@@ -43,6 +43,10 @@ class Memory:
     jumps: dict[str, tuple[int, float, float, float]] = field(default_factory=dict)
     """Of each stream, the last time that its learning rate was multiplied by `JUMP` or more: the count, the rate before
     and after, and its peak before."""
+    start_grad: dict[str, float] = field(default_factory=dict)
+    """Of each stream, the sum of its gradient's norms in the first `START` steps."""
+    trained_mode: bool = False
+    """Whether dropout or batch norm modules were in training mode in a step, on every rank."""
     start_weight: dict[str, float] = field(default_factory=dict)
     """Of each stream, the norm of its sampled weights at step `START`."""
     frozen: list[str] = field(default_factory=list)
@@ -82,8 +86,12 @@ class Memory:
                 self.low_lr[name] = so_far + 1 if rate == 0 and so_far >= 0 else -1
             if stream.grad_norm > 0:
                 self.alive[name] = self.alive.get(name, 0) + 1
+            if self.count <= START and stream.grad_norm > 0:
+                self.start_grad[name] = self.start_grad.get(name, 0.0) + stream.grad_norm
             if stream.sample is not None and self.count <= START:
                 self.start_weight[name] = stream.sample.weight
+        inside = [rank.detail.in_eval for rank in stats.rank_facts if rank.detail is not None]
+        self.trained_mode = self.trained_mode or (bool(inside) and max(inside) < 1)
         self._follow_batches(stats)
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,9 +157,15 @@ class View:
 
     def inputs(self, stream: str) -> dict[int, StreamInput]:
         """Of each rank that was heard and has called the stream: its inputs."""
-        number = self.number(stream)
-        of_ranks = {rank: detail.inputs[number] for rank, detail in self.details.items()}
-        return {rank: given for rank, given in of_ranks.items() if given.calls > 0}
+        return self._inputs[stream]
+
+    @cached_property
+    def _inputs(self) -> dict[str, dict[int, StreamInput]]:
+        said = self.details.items()
+        return {
+            name: {rank: of.inputs[number] for rank, of in said if of.inputs[number].calls > 0}
+            for name, number in self._numbers.items()
+        }
 
     def lr(self, stream: str) -> float:
         """The learning rate of most ranks; nan where it is not known."""
@@ -194,7 +208,17 @@ class View:
 
     def missing(self, requires: Sequence[str]) -> str:
         """Why a rule that requires these cannot be evaluated; empty if it can."""
-        return next((reason for name in requires if (reason := REQUIREMENTS[name](self))), "")
+        for name in requires:
+            if name not in self._unmet:
+                self._unmet[name] = REQUIREMENTS[name](self)
+            if self._unmet[name]:
+                return self._unmet[name]
+        return ""
+
+    @cached_property
+    def _unmet(self) -> dict[str, str]:
+        """Requirement -> why it is not met, of those that were asked for."""
+        return {}
 
     def ranks(self) -> Iterator[int]:
         """The ranks that were heard."""
