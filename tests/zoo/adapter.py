@@ -23,12 +23,12 @@ _RULES = {
     "lr_high": "LRH",
     "lr_low": "LRL BF16",
     "lr_schedule": "LRS LRJ",
-    "stalled": "STL UPD S-ST S-WS S-NL",
+    "stalled": "STL REGRESSED S-ST S-WS S-NL",
     "diverging": "WGR DIV S-WD",
-    "imbalance": "IMB S-GR S-WR S-S4",
-    "overfitting": "OVF OVG S-OF S-OM S-OR S-OB S-S2",
+    "imbalance": "IMB UPD UNUSED IGNORED REDUNDANT S-GR S-WR S-S4",
+    "overfitting": "OVF OVG MEMORISED OVERFITTING S-OF S-OM S-OR S-OB S-S2",
     "input": "INZ INC INN",
-    "labels": "UNI MEM",
+    "labels": "UNI MEM NOTHING",
     "config": "MODE MOD EVAL DECAY WSH CLP ZGR NEG S-PH",
     "init": "INI INIT LN0",
     "desync": "DESYNC SYNC LR",
@@ -107,12 +107,9 @@ class StreamMonZoo(Adapter):
         self.listen(step)
 
     def on_epoch_end(self, epoch: int, step: int, stats: Mapping[str, Any]) -> None:
-        if self.ctx.declared.get("task", "classification") == "classification":
-            figures = self.monitor.compute_stream_overfitting_indicators(
-                *(None, None, None, None), self.ctx.train_loader, self.ctx.val_loader, sharded=True
-            )
-            gradients = {key: self.monitor.history.latest(key) for key in self.monitor.history}
-            self.monitor.log_metrics(epoch, {**gradients, **figures, **self.monitor.compute_stream_weights()})
+        score = getattr(self.ctx, "score", None)
+        if score is not None or self.ctx.declared.get("task", "classification") == "classification":
+            self.monitor.evaluate(self.ctx.val_loader, score, sharded=True)
         self.monitor.epoch = epoch + 1
         self.listen(step)
 
