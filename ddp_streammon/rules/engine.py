@@ -141,6 +141,8 @@ class _Run:
     """The longest time that it held and went by without being raised."""
     quiet: int = 0
     finding: Finding | None = None
+    began: int = 0
+    """The step of the first evaluation in a row that it held."""
 
 
 _Key = tuple[str, str | None, int | None]
@@ -244,10 +246,9 @@ class Engine:
         return Finding(f"{told} from {len(self.rules) - len(missing)} rules{rest}", rule="OK", step=step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values; how long steps took is not among them, so that a resumed training is the same."""
+        """Plain values: what stands, how long conditions have held, and what is remembered. Windows begin anew."""
         return {
             "memory": self._memory.state_dict(),
-            "steps": [_untimed(step).to_dict() for step in self._steps],
             "evaluated": sorted(self._evaluated),
             "cleared": [[*whom, count] for whom, count in self._cleared.items()],
             "runs": [
@@ -256,6 +257,7 @@ class Engine:
                     "held": run.held,
                     "longest": run.longest,
                     "quiet": run.quiet,
+                    "began": run.began,
                     "finding": None if run.finding is None else run.finding.to_dict(),
                 }
                 for key, run in self._runs.items()
@@ -264,11 +266,10 @@ class Engine:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`; with another number of ranks the window starts anew."""
+        """Go on from a `state_dict`; with another number of ranks what is known of single ranks is forgotten."""
         same = state["world"] == self.setup.world
         self._memory = Memory.of_state(state["memory"])
         self._steps.clear()
-        self._steps.extend(StepStats.from_dict(step) for step in state["steps"] if same)
         self._evaluated = set(state["evaluated"])
         self._cleared = {(rule, stream, rank): count for rule, stream, rank, count in state["cleared"]}
         self._runs = {}
@@ -276,7 +277,7 @@ class Engine:
             rule, stream, rank = run["key"]
             finding = None if run["finding"] is None else Finding.from_dict(run["finding"])
             if same or rank is None:
-                self._runs[rule, stream, rank] = _Run(run["held"], run["longest"], run["quiet"], finding)
+                self._runs[rule, stream, rank] = _Run(run["held"], run["longest"], run["quiet"], finding, run["began"])
 
     def _evaluate(self, rule: Rule, view: View) -> None:
         signals = {(signal.stream, signal.rank): signal for signal in rule.check(view)}
@@ -305,10 +306,11 @@ class Engine:
             run.longest = max(run.longest, run.held)
             run.held = 0
             return
+        run.began = run.began if run.held else view.now.step
         run.held += 1
         wanted = rule.hold + signal.patience + (4 * run.longest if rule.intermittent else 0)
         if run.held >= wanted:
-            finding = _finding(rule, signal, view.now.step, since=view.back(run.held * rule.every))
+            finding = _finding(rule, signal, view.now.step, since=run.began)
             cause = None if signal.first else self._cause(rule.kind, rule.id, signal.stream, signal.rank)
             run.finding = _demoted(finding, cause)
             run.quiet = 0
@@ -391,11 +393,6 @@ def _finding(rule: Rule, signal: Signal, step: int, *, since: int) -> Finding:
         do=signal.do,
         confirm=signal.confirm,
     )
-
-
-def _untimed(step: StepStats) -> StepStats:
-    facts = (replace(of, step_seconds=math.nan, busy_seconds=math.nan) for of in step.rank_facts)
-    return replace(step, rank_facts=tuple(facts))
 
 
 def _is_alarm(finding: Finding) -> bool:

@@ -202,10 +202,6 @@ class View:
         facts = (next((of for of in step.rank_facts if of.rank == rank), None) for step in self.steps[-count:])
         return [value for value in (figure(of) for of in facts if of is not None) if math.isfinite(value)]
 
-    def back(self, measured: int) -> int:
-        """The step number of so many measured steps ago (1: the present one), as far as the window goes."""
-        return self.steps[-min(max(measured, 1), len(self.steps))].step
-
     def missing(self, requires: Sequence[str]) -> str:
         """Why a rule that requires these cannot be evaluated; empty if it can."""
         for name in requires:
