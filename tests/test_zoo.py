@@ -14,19 +14,22 @@ from tests.zoo.cases import CASES, FAMILIES, FIRST, Case, Expect, control
 from tests.zoo.scoring import Judgement, Run, Verdict, judge, score
 from tests.zoo.training import Training
 
+pytestmark = pytest.mark.timeout(900)
+"""Of a fixture that runs many cases, on a machine that has other things to do."""
 OURS = "streammon"
 FAULTS = (
-    *("dead_second", "detached_second", "nan_batch", "rank_nan_first", "rank_scaled_second", "desync_no_ddp"),
-    *("desync_perturbed_second", "desync_clipping", "rank_rate_first", "rank_zero_shard"),
+    *("frozen_first", "not_in_optimizer_second", "dead_second", "input_zero_second", "missing_zero_grad", "nan_batch"),
+    *("vanish_first", "decay_huge_second", "rank_nan_first", "rank_zero_shard", "desync_no_ddp", "same_data"),
+    *("desync_perturbed_second", "rank_rate_first", "uneven_shard"),
 )
 CONTROLS = (
-    *("h_base", "h_conv_bn", "h_guide_rates", "h_accumulate", "h_frozen", "h_jitter"),
-    *("l_lora", "l_dummy_image", "l_two_backwards", "l_fp16_skips", "l_token_weighted"),
+    *("h_base", "h_conv_bn", "h_guide_rates", "h_accumulate", "h_frozen"),
+    *("l_lora", "l_text_only", "l_two_backwards", "l_fp16_skips", "l_token_weighted"),
 )
-THREE_RANKS = ("h_base", "rank_nan_first", "rank_scaled_second", "desync_perturbed_second")
+THREE_RANKS = ("h_base", "rank_nan_first", "rank_scaled_second")
 """On three ranks, with three streams."""
-EPOCHS = 7
-"""133 steps: half of a run is enough for what is run here every time."""
+EPOCHS = 5
+"""95 steps: less than half of a run is enough for what is run here every time."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,9 @@ def said(run: Run) -> Judgement:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(runs: dict[str, Run], name: str) -> None:
-    assert said(runs[name]).hit, runs[name].verdicts
+    found = said(runs[name])
+    assert found.strict, runs[name].verdicts
+    assert found.wrong == ()
 
 
 @pytest.mark.parametrize("name", CONTROLS)
@@ -239,11 +244,23 @@ def test_an_adapter_that_raises_is_left_out_and_recorded() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["h_base", "rank_nan_first", "rank_scaled_second", "rank_labels", "desync_clipping"])
+def test_one_of_four_ranks_is_named(name: str) -> None:
+    (run,) = running.run_on(4, [(name, 0)], [OURS], views="three")
+    found = said(run)
+    assert found.wrong == ()
+    assert CASES[name].expect is None or (found.hit and found.rank)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_whole_zoo() -> None:
     runs = list(running.run_all([(name, 0) for name in running.chosen("all", ())], [OURS]))
     assert [run for run in runs if not isinstance(run, Run)] == []
     figures = score(OURS, [run for run in runs if isinstance(run, Run)])
     assert figures.errors == 0
-    assert figures.majority >= 18
-    assert round(figures.healthy.value * figures.healthy.items) <= 1
+    assert figures.majority >= 38
+    assert figures.strict.value >= 0.85
+    assert figures.rank.value >= 0.95
+    assert (figures.healthy.value, figures.legal.value) == (0, 0)
+    assert figures.false.value <= 0.08
