@@ -269,7 +269,7 @@ class AuxiliaryHeads(Training):
 
     def groups(self) -> Groups:
         *streams, head = super().groups()
-        return [*streams, {**head, "params": [*head["params"], *self.model.heads.parameters()]}]
+        return [*streams, {**head, "params": [*head["params"], *self.model.get_submodule("heads").parameters()]}]
 
     def forward(self, *inputs: Any) -> Any:
         self.own: list[Tensor] = []

@@ -193,7 +193,8 @@ class TrainTools(Adapter):
 
         optimizer = ctx.optimizer
         self.group = (optimizer[0] if isinstance(optimizer, tuple) else optimizer).param_groups[0]
-        self.ctx, self.verdicts = ctx, []
+        self.ctx = ctx
+        self.verdicts: list[Verdict] = []
         self.gradients = GradientHealthMonitor()
         self.batches = BatchInspector(expected_num_classes=10) if ctx.declared["num_classes"] else None
 
@@ -213,4 +214,4 @@ class TrainTools(Adapter):
             self.verdicts.append(Verdict(family, stream, step=step, message=warning))
 
     def finish(self) -> list[Verdict]:
-        return self.verdicts  # type: ignore[no-any-return]
+        return self.verdicts
