@@ -7,7 +7,7 @@ loss.backward(); monitor.step(loss=loss, samples=n)  # before clipping and optim
 monitor.evaluate(val_loader)                         # optional
 """
 
-from ddp_streammon.config import MonitorConfig, RuleSet, Severity
+from ddp_streammon.config import Intent, MonitorConfig, RuleSet, Severity
 from ddp_streammon.evaluation import EvalStats, Items, Score, classification
 from ddp_streammon.history import History
 from ddp_streammon.monitor import StreamMonitor, watch
@@ -21,6 +21,7 @@ __all__ = [
     "Figures",
     "Finding",
     "History",
+    "Intent",
     "Items",
     "MonitorConfig",
     "RuleSet",

@@ -14,21 +14,25 @@ from torch.distributed.tensor import DTensor
 from ddp_streammon import linear
 from ddp_streammon.clipping import clip_
 from ddp_streammon.collective import Collective
+from ddp_streammon.inputs import Inputs
 from ddp_streammon.linear import Linear
 from ddp_streammon.local_gradients import LocalGradients
 from ddp_streammon.moments import ABS_MAX, SQ_SUM, SUM, Reader, moments, reader
 from ddp_streammon.plan import Measurement, Plan
 from ddp_streammon.power import gradient_power
 from ddp_streammon.ranks import Clock, RankFacts, bit_sum
+from ddp_streammon.sampled import Sampled
 from ddp_streammon.shards import Family, Share, families, holdings, local, model_peers, refuse_unsupported, shares
 from ddp_streammon.stats import (
     BAD,
     CHECKSUMS,
+    DETAIL,
     FACTS,
     LINEAR,
     LOCAL,
     MAXIMA,
     MOMENTS,
+    SAMPLES,
     SCALARS,
     STATE,
     UPDATES,
@@ -39,6 +43,11 @@ from ddp_streammon.stats import (
 from ddp_streammon.streams import StreamSet
 from ddp_streammon.updates import Updates
 from ddp_streammon.user_numbers import scalar_cells
+
+MODED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+"""Modules that do something else in eval mode."""
+LOSS = "loss"
+"""The user's number that rules know as each rank's loss."""
 
 
 class GradientMeter:
@@ -53,9 +62,11 @@ class GradientMeter:
         *,
         update_every: int = 0,
         local_gradients: bool = False,
+        evidence: bool = False,
         peers: Sequence[int] | None = None,
     ) -> None:
         """`model` as it is trained, wrappers included. `peers`: the ranks that see the same data as this one.
+        `evidence`: measure what the evidence rules ask for, too.
 
         Comm: one all_gather_object of what each rank holds, and whose data it sees. Errors: ValueError for FSDP1, by
         module, and for peers that do not share out the ranks.
@@ -84,6 +95,9 @@ class GradientMeter:
         self._proved = [False] * len(self._families)
         self._clock = Clock(model)
         self._local = LocalGradients(streams, model, self.device) if local_gradients else None
+        self._sampled = Sampled(streams, self._optimizers, self.device) if evidence else None
+        self._inputs = Inputs(streams, model, self.device) if evidence else None
+        self._moded = [module for module in model.modules() if isinstance(module, MODED)] if evidence else []
         self._kept: tuple[Tensor, Tensor] | None = None
         self._make_readers()
         self._updates = Updates(self.weight_shares, len(streams.streams), self.device, update_every)
@@ -96,6 +110,12 @@ class GradientMeter:
         self._read: Reader = reader(self.shares, number, self.device)
         everything = shares(held, self._rank, [False] * len(held))
         self._read_in_full: Reader = reader(everything, number, self.device)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank holds the whole model."""
+        ranks = tuple(range(self._collective.topology.world_size))
+        return all(family.sets == (ranks,) for family in self._families)
 
     def summed_later(self) -> tuple[Linear, ...]:
         """The parameters of this rank that have gradients still to be summed, now or earlier."""
@@ -118,6 +138,7 @@ class GradientMeter:
             updates=self._updates.every > 0,
             local=self._local is not None,
             of_step=of_step,
+            evidence=self._sampled is not None,
         )
 
     def any_gradient(self) -> bool:
@@ -160,6 +181,9 @@ class GradientMeter:
             fields[LINEAR] = linear.cells(plan.tensors, self._parameters, self._copies, inverse, self.device)
         updates = plan.of_step and self._updates.pending
         if plan.of_step:
+            if self._sampled is not None:
+                place = list(plan.scalars).index(LOSS) if LOSS in plan.scalars else None
+                fields |= self._evidence(call, cells[place] if place is not None else None)
             fields |= self._beside_gradients(samples, _inverse(scaler) if scaler is not None and scaled else 1.0)
             fields |= self._since_last_turn(fields, in_turn=self._rank in layout.heard(turn))
         if audit:
@@ -236,6 +260,8 @@ class GradientMeter:
         """Whether the next backward pass is measured: local gradients are read in it, or it costs nothing."""
         if self._local is not None:
             self._local.armed = wanted
+        if self._inputs is not None:
+            self._inputs.armed = wanted
 
     def lap(self) -> None:
         """Another call of `step`, measured or not."""
@@ -249,11 +275,37 @@ class GradientMeter:
         """Before the optimizer's step number `call`: see what it did last, remember what it starts from."""
         self._updates.look(call)
 
+    def remember_weights(self, call: int) -> None:
+        """Before the optimizer's step number `call`, of which the next call is to see the change, by a sample."""
+        if self._sampled is not None:
+            self._sampled.look(call)
+
     def stop(self) -> None:
         """Take the hooks off the model."""
         self._clock.stop()
         if self._local is not None:
             self._local.stop()
+        if self._sampled is not None and self._inputs is not None:
+            self._sampled.stop()
+            self._inputs.stop()
+
+    def _evidence(self, call: int, loss: Tensor | None) -> dict[str, Tensor]:
+        """What the evidence rules ask for. `loss`: its cells (sum, weighted sum, weight, present)."""
+        assert self._sampled is not None and self._inputs is not None
+        sums, weights = self._sampled.take(call)
+        own = torch.full((1,), math.nan, dtype=torch.float64, device=self.device)
+        if loss is not None:
+            own = (loss[1] / loss[2]).reshape(1)  # nan where it was not given, or is not finite
+        in_eval = math.nan
+        if self._moded:
+            in_eval = sum(not module.training for module in self._moded) / len(self._moded)
+        base = [_on_host(group.get("initial_lr", group.get("lr"))) for group in self._settings()]
+        said = torch.tensor([in_eval, *base], dtype=torch.float64).to(self.device, non_blocking=True)
+        return {SAMPLES: sums, DETAIL: torch.cat([own, said, weights.reshape(-1), self._inputs.take()])}
+
+    def _settings(self) -> list[Mapping[str, Any]]:
+        """Each stream's parameter group; empty where it has none."""
+        return [self._optimizers[place[0]].param_groups[place[1]] if place else {} for place in self._groups]
 
     def _beside_gradients(self, samples: float | Tensor | None, inverse_scale: float | Tensor) -> dict[str, Tensor]:
         """What else a step's packet holds: facts of this rank, the last update, its own gradient."""
@@ -274,12 +326,12 @@ class GradientMeter:
 
     def _facts(self, samples: float | Tensor | None) -> RankFacts:
         step, busy = self._clock.take()
-        settings = [self._optimizers[place[0]].param_groups[place[1]] if place else {} for place in self._groups]
+        settings = self._settings()
         return RankFacts(
             rank=self._rank,
             lr=tuple(_on_host(group.get("lr")) for group in settings),
             weight_decay=tuple(_on_host(group.get("weight_decay")) for group in settings),
-            training=float(self._model.training),
+            training=float(self._model.training and self._streams.model.training),
             samples=_on_host(samples),
             step_seconds=step,
             busy_seconds=busy,

@@ -19,6 +19,7 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook, _JoinCon
 from ddp_streammon import keys, noise
 from ddp_streammon.collective import Collective
 from ddp_streammon.config import MonitorConfig, RuleSet
+from ddp_streammon.described import describe
 from ddp_streammon.evaluation import (
     ITEMS,
     Evaluation,
@@ -46,10 +47,11 @@ from ddp_streammon.history import History
 from ddp_streammon.measurement import GradientMeter
 from ddp_streammon.plan import Measurement
 from ddp_streammon.report import Outcome, Report, RunInfo, Sink, summary_text
-from ddp_streammon.rules import evaluated, exact, guide, own_gradients, ranks
+from ddp_streammon.rules import evaluated, evidence, exact, guide, own_gradients, ranks
+from ddp_streammon.rules.engine import Engine, Preflight
 from ddp_streammon.rules.finding import Finding, StreamSettings
 from ddp_streammon.sinks import FanOut, WandbSink, active_wandb_run
-from ddp_streammon.stats import Figures, ScalarLike, Total
+from ddp_streammon.stats import Figures, ScalarLike, StepStats, Total
 from ddp_streammon.steps import Steps
 from ddp_streammon.streams import StreamLike, StreamSet, unwrap
 from ddp_streammon.weights import weight_figures
@@ -80,7 +82,8 @@ class StreamMonitor(Joinable):
     ranks of the group that see the same data as this one, itself included, where the meshes of the parameters do not
     say so (`shards.model_peers`).
 
-    Building it is two all_gather_object: what each rank holds, and whether the sinks could be opened.
+    Building it is two all_gather_object: what each rank holds, and whether the sinks could be opened; with the evidence
+    rules a third: what the training is made of, and what is declared of it (rank 0's counts).
     """
 
     def __init__(
@@ -112,8 +115,10 @@ class StreamMonitor(Joinable):
             self._optimizers,
             update_every=self.config.update_every,
             local_gradients=self.config.local_gradients,
+            evidence=self.config.rules is RuleSet.evidence,
             peers=model_peers,
         )
+        self._engine = self._make_engine() if self.config.rules is RuleSet.evidence else None
         self._pace = ranks.Pace()
         self._noise: deque[dict[str, noise.NoiseStep]] = deque(maxlen=noise.WINDOW)
         self._own_gradients = own_gradients.OwnGradients(shared_data=self._collective.topology.model_peers > 1)
@@ -128,7 +133,23 @@ class StreamMonitor(Joinable):
         self._closed = False
         self._sink = FanOut(sinks if self._collective.topology.rank == 0 else ())
         described = {**(run or {}), "monitor": asdict(self.config)}
+        if self._engine is not None:
+            described["setup"] = self._engine.setup.to_dict()
         self._open(RunInfo(self.streams.user_names, described, self.inventory(), name))
+
+    def _make_engine(self) -> Engine:
+        """The evidence rules over rank 0's view of the training. Comm: one all_gather_object."""
+        setup = describe(
+            self.streams,
+            self.model,
+            self._optimizers,
+            world=self._collective.topology.world_size,
+            data_ranks=self._collective.topology.data_size,
+            replicated=self._meter.replicated,
+        )
+        setup, intent = self._collective.gather((setup, self.config.intent))[0]
+        rules = (*evidence.RULES, *self.config.extra_rules)
+        return Engine(rules, setup, intent, mute=self.config.mute, thresholds=self.config.thresholds)
 
     def _open(self, run: RunInfo) -> None:
         """Open the sinks; what goes wrong on rank 0 is raised on every rank, or the others would wait for it."""
@@ -271,6 +292,8 @@ class StreamMonitor(Joinable):
         self._pace_of_trials = found.seconds / max(found.tried, 1)
         if found.look is not None:
             self._claimed[split] = evaluated.findings(found, self.calls)
+            if self._engine is not None:
+                self._engine.claim(claim for claims in self._claimed.values() for claim in claims)
         self._record_epoch(found)
         return found
 
@@ -393,15 +416,39 @@ class StreamMonitor(Joinable):
         self._record_epoch(values)
 
     def get_recommendations(self) -> list[Finding]:
-        """What stands now, as sentences with fields (`finding.rule`, `.severity`, `.stream`, `.evidence`, `.action`):
-        the exact findings of the last measured step, the claims of the last look, then those of the rule set. Equal on
-        every rank. Comm: none."""
+        """What stands now, as sentences with fields (`finding.rule`, `.severity`, `.stream`, `.evidence`, `.action`).
+
+        The evidence rules' findings and an evaluation's claims from raised to cleared, reasons before consequences;
+        where there is none, how many rules looked and which could not. With another rule set the exact findings of the
+        last measured step, the claims of the last look, then the set's own. Equal on every rank. Comm: none."""
         advice: list[Finding] = []
+        if self._engine is not None:
+            return self._engine.findings or [self._engine.nothing_found()]
         if self.config.rules is RuleSet.guide:
             advice = guide.recommend(
                 self.history, self.streams.user_names, self._settings(), severity=self.config.rule_severity
             )
         return [*self._standing, *(claim for claims in self._claimed.values() for claim in claims), *advice]
+
+    def preflight(self) -> Preflight:
+        """What does not train, after the first steps (50, say): frozen, absent from the optimizer, at learning rate 0,
+        without gradients, not synchronised, fed the same data, lost to rounding, in eval mode; and which rules could
+        not be evaluated, and why. Print it. Comm: none. Sync: waits for what is under way.
+
+        Errors: ValueError with another rule set than `evidence`.
+        """
+        if self._engine is None:
+            raise ValueError(f"a preflight needs rules=evidence, the monitor has rules={self.config.rules.value}")
+        self.flush()
+        return self._engine.preflight()
+
+    def declare_frozen(self, streams: Iterable[str]) -> None:
+        """From now on these streams, and no others, are frozen on purpose beside those of the configuration's intent.
+
+        To be called alike on every rank. Errors: KeyError for a stream that is not there. Comm: none."""
+        names = [self.streams[name].name for name in streams]
+        if self._engine is not None:
+            self._engine.declare_frozen(names)
 
     def noise_scale(self) -> dict[str, noise.NoiseScale]:
         """Each stream's gradient noise scale in samples, over the last `noise.WINDOW` measured steps that arrived: from
@@ -432,6 +479,7 @@ class StreamMonitor(Joinable):
             "replicas": self._meter.proof(),
             "claimed": {split: [finding.to_dict() for finding in own] for split, own in self._claimed.items()},
             "evaluations": {split: asdict(past) for split, past in self._past.items()},
+            "rules": None if self._engine is None else self._engine.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -441,6 +489,8 @@ class StreamMonitor(Joinable):
         self.epoch = state["epoch"]
         self._meter.trust(state["replicas"])
         self.history.load_state_dict(state["history"])
+        if self._engine is not None and state.get("rules") is not None:
+            self._engine.load_state_dict(state["rules"])
         self._standing = [Finding.from_dict(finding) for finding in state["standing"]]
         self._findings = {key: Finding.from_dict(finding) for key, finding in state["findings"].items()}
         self._claimed = {split: [Finding.from_dict(one) for one in own] for split, own in state["claimed"].items()}
@@ -501,17 +551,21 @@ class StreamMonitor(Joinable):
         self._noise.append(noise.steps_of(step))
         values = step.values()
         self.history.append(step.step, step.epoch, values)
+        self._standing = self._engine.take(step) if self._engine is not None else self._of_step(step)
+        self._remember(self._standing)
+        self._sink.write(Report("step", step.step, step.epoch, values, tuple(self._standing), step))
+
+    def _of_step(self, step: StepStats) -> list[Finding]:
+        """What is said of a step without the evidence rules."""
         without = [name for name, stream in step.streams.items() if not stream.elements]
         frozen = [n for n in without if not any(p.parameter.requires_grad for p in self.streams[n].parameters)]
-        self._standing = [
+        return [
             *exact.check(step, frozen, self._parameter_names),
             *ranks.settings(step),
             *self._pace.check(step),
             *self._own_gradients.check(step),
             *self._replicas,
         ]
-        self._remember(self._standing)
-        self._sink.write(Report("step", step.step, step.epoch, values, tuple(self._standing)))
 
     def _record_epoch(self, values: Mapping[str, float]) -> None:
         self.flush()

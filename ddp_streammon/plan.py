@@ -50,6 +50,7 @@ class Plan:
         updates: bool,
         local: bool,
         of_step: bool,
+        evidence: bool = False,
     ) -> Plan:
         """The plan for these streams, numbers and tensors."""
         cells = linear.cell_count(tensors)
@@ -60,6 +61,7 @@ class Plan:
             updates=updates and of_step,
             local=local and of_step,
             of_step=of_step,
+            evidence=evidence,
         )
         names = stats.step_keys(streams, scalars)
         return cls(streams, scalars, tensors, families, made(), made(families=len(families)), names, of_step)

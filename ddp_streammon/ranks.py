@@ -7,8 +7,8 @@ import math
 import time
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,6 +19,58 @@ from ddp_streammon.shards import Family
 _OTHERS = 5
 """Cells of `RankFacts` beside the streams' learning rates and weight decays."""
 _MODULUS, _FACTOR = 2**32, 1_000_003
+
+
+@dataclass(frozen=True)
+class StreamInput:
+    """A rank's inputs of one stream in a step, from a sample: see `inputs.COLUMNS`."""
+
+    calls: float = 0.0
+    mean: float = math.nan
+    std: float = math.nan
+    abs_max: float = math.nan
+    nonfinite: float = math.nan
+    constant: float = math.nan
+    first_mean: float = math.nan
+    first_std: float = math.nan
+
+
+@dataclass(frozen=True)
+class RankDetail:
+    """What the evidence rules ask of a rank beside its `RankFacts`. nan: not known.
+
+    `loss`: its own mean; `in_eval`: the share of its dropout and batch norm modules that are in eval mode (nan without
+    such modules); `batch`: a number that is the same for the same batch; of each stream `base_lr`: the learning rate
+    that a scheduler started from; `weights`: a number that is the same for the same sampled weights; `moved`: the norm
+    of their last change; `inputs`.
+    """
+
+    loss: float
+    in_eval: float
+    batch: float
+    base_lr: tuple[float, ...]
+    weights: tuple[float, ...]
+    moved: tuple[float, ...]
+    inputs: tuple[StreamInput, ...]
+
+    @staticmethod
+    def cell_count(streams: int) -> int:
+        """How many cells it takes."""
+        return _DETAILS + streams * (3 + len(fields(StreamInput)))
+
+    @classmethod
+    def of_cells(cls, cells: Sequence[float], streams: int) -> RankDetail:
+        """From loss, share in eval mode, base learning rates, (weights, moved) of each stream, inputs, and batch."""
+        loss, in_eval = cells[:2]
+        base, rest = tuple(cells[2 : 2 + streams]), cells[2 + streams :]
+        of_weights, rest = rest[: 2 * streams], rest[2 * streams :]
+        width = len(fields(StreamInput))
+        inputs = tuple(StreamInput(*rest[number * width : (number + 1) * width]) for number in range(streams))
+        return cls(loss, in_eval, rest[-1], base, tuple(of_weights[::2]), tuple(of_weights[1::2]), inputs)
+
+
+_DETAILS = 3
+"""Cells of `RankDetail` beside the streams'."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +89,8 @@ class RankFacts:
     samples: float
     step_seconds: float
     busy_seconds: float
+    detail: RankDetail | None = None
+    """What the evidence rules ask for beside; None where they are off."""
 
     def cells(self) -> list[float]:
         """As slots of a packet: 2 S + 5 cells."""
@@ -50,6 +104,17 @@ class RankFacts:
         present, training, samples, step_seconds, busy_seconds = cells[:_OTHERS]
         lr, weight_decay = tuple(cells[_OTHERS : _OTHERS + streams]), tuple(cells[_OTHERS + streams :])
         return cls(rank, lr, weight_decay, training, samples, step_seconds, busy_seconds) if present else None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RankFacts:
+        """The inverse of `dataclasses.asdict`."""
+        detail = values["detail"]
+        if detail is not None:
+            inputs = tuple(StreamInput(**of) for of in detail["inputs"])
+            of_streams = {name: tuple(detail[name]) for name in ("base_lr", "weights", "moved")}
+            detail = RankDetail(**{**detail, **of_streams, "inputs": inputs})
+        pairs = {name: tuple(values[name]) for name in ("lr", "weight_decay")}
+        return cls(**{**values, **pairs, "detail": detail})
 
     @staticmethod
     def cell_count(streams: int) -> int:

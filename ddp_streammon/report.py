@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, get_args
 from ddp_streammon import keys
 from ddp_streammon.history import History
 from ddp_streammon.rules.finding import Action, Finding
+from ddp_streammon.stats import StepStats
 
 ReportKind = Literal["step", "epoch"]
 ActionStyle = Literal["words", "hydra"]
@@ -21,6 +22,8 @@ _OVERFIT_FACTOR = 1.5
 """The guide's: a stream overfits more than another when its score is this many times larger..."""
 _OVERFIT_LEAST = 0.5
 """...and is itself above the guide's mild threshold; scores near zero have meaningless quotients."""
+_TRAINER = {"clip_norm": "trainer"}
+"""Settings that are not an optimizer's -> the section that has them."""
 _FREE_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 """A number that is no part of a name: `4.2` in `4.2x larger`, but not the 1 of `Stream1`."""
 
@@ -37,6 +40,8 @@ class Report:
     """By the keys of keys.py: `stream1_grad_norm`, `loss`. May hold nan and infinities."""
     findings: tuple[Finding, ...] = ()
     """Everything that stands now, whether or not an earlier report had it too."""
+    stats: StepStats | None = None
+    """Of a step: all that the rules saw of it."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ def describe_action(action: Action, style: ActionStyle) -> str:
     """
     if style == "hydra":
         owner = "optim" if action.stream == keys.SHARED else f"optim.streams.{action.stream}"
+        owner = _TRAINER.get(action.setting, owner)
         return f"{owner}.{action.setting}={action.value:.4g}"
     if style == "words":
         old = "" if math.isnan(action.old) else f"{action.old:.4g} "

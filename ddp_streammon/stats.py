@@ -6,7 +6,7 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from ddp_streammon import keys
 from ddp_streammon.moments import ABS_MAX, ELEMENTS, NONFINITE, SQ_SUM, SUM, TENSORS
 from ddp_streammon.packet import Field, Layout
-from ddp_streammon.ranks import LocalNorms, RankFacts, Replicas, compared
+from ddp_streammon.ranks import LocalNorms, RankDetail, RankFacts, Replicas, compared
 from ddp_streammon.shards import Family
 
 
@@ -47,6 +47,42 @@ class Scalar:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Figures of a stream from samples of its weights and gradients (sampled.py); nan where nothing was compared.
+
+    `update`: norm of the last change of the sampled weights over their own before it; `moved`: share of them that
+    changed; `weight`: their norm; `first`, `last`: root mean square of the gradient of the first and the last layer;
+    `trainable`, `optimized`: tensors that require a gradient, and those of them in an optimizer, on average over ranks;
+    `uncleared`: ranks on which a gradient of the step before was still there.
+    """
+
+    update: float
+    moved: float
+    weight: float
+    first: float
+    last: float
+    trainable: float
+    optimized: float
+    uncleared: float
+
+    @classmethod
+    def of_sums(cls, sums: Sequence[float], ranks: float) -> Sample:
+        """From `sampled.SUMS` over so many ranks."""
+        moved_square, weight_square, moved, compared, first, last, trainable, optimized, uncleared = sums
+        known = compared > 0
+        return cls(
+            update=math.sqrt(ratio(moved_square, weight_square)) if known else math.nan,
+            moved=moved / compared if known else math.nan,
+            weight=math.sqrt(weight_square / ranks),
+            first=math.sqrt(first / ranks),
+            last=math.sqrt(last / ranks),
+            trainable=trainable / ranks,
+            optimized=optimized / ranks,
+            uncleared=uncleared,
+        )
+
+
+@dataclass(frozen=True)
 class StreamStats:
     """A stream's synced gradient: what the optimizer sees, unscaled, before clipping; over finite elements.
 
@@ -67,6 +103,8 @@ class StreamStats:
     """L2 norm of what the optimizer changed in the step that `update_every` looked at; nan where none was."""
     update_ratio: float = math.nan
     """The same over the norm of the weights before it."""
+    sample: Sample | None = None
+    """What the evidence rules ask for beside; None where they are off."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +157,31 @@ class StepStats:
             values[keys.SKIPPED] = float(any(stream.nonfinite for stream in self.streams.values()))
         return values | {name: scalar.value for name, scalar in self.scalars.items()}
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StepStats:
+        """The inverse of `to_dict`."""
+        return cls(
+            **{
+                **values,
+                "streams": {
+                    name: StreamStats(**{**of, "sample": None if of["sample"] is None else Sample(**of["sample"])})
+                    for name, of in values["streams"].items()
+                },
+                "scalars": {name: Scalar(**scalar) for name, scalar in values["scalars"].items()},
+                "nonfinite_ranks": tuple(values["nonfinite_ranks"]),
+                "rank_facts": tuple(RankFacts.from_dict(facts) for facts in values["rank_facts"]),
+                "local": tuple(
+                    LocalNorms(of["rank"], tuple(of["norms"]), tuple(of["nonfinite"]), of["parameter"])
+                    for of in values["local"]
+                ),
+                "replicas": tuple(Replicas(**{**of, "ranks": tuple(of["ranks"])}) for of in values["replicas"]),
+            }
+        )
+
 
 def step_keys(streams: Sequence[str], scalars: Iterable[str]) -> tuple[str, ...]:
     """The keys of `StepStats.values`, known before the numbers are."""
@@ -136,12 +199,18 @@ def ratio(a: float, b: float) -> float:
     return a / b if math.isfinite(a) and math.isfinite(b) and b != 0 else math.nan
 
 
-STATE, MOMENTS, SCALARS, LINEAR, UPDATES = "state", "moments", "scalars", "linear", "updates"
+STATE, MOMENTS, SCALARS, LINEAR, UPDATES, SAMPLES = "state", "moments", "scalars", "linear", "updates", "samples"
 """Plain fields: ranks that take part, those with a GradScaler in charge, and the sum of their epochs; the streams'
-additive figures; the user's numbers; gradients to be squared after the sum; squares of updates and of weights."""
-MAXIMA, BAD, FACTS, LOCAL, CHECKSUMS = "abs_max", "nonfinite_scalars", "facts", "local", "checksums"
+additive figures; the user's numbers; gradients to be squared after the sum; squares of updates and of weights; the
+sums of `sampled.SUMS`."""
+MAXIMA, BAD, FACTS, LOCAL, CHECKSUMS, DETAIL = (
+    *("abs_max", "nonfinite_scalars", "facts"),
+    *("local", "checksums", "detail"),
+)
 """Slots of each rank: the streams' abs-max; how many of its numbers are not finite; its `RankFacts`; its `LocalNorms`;
-bit-sums of the gradients and of the weights of each family."""
+bit-sums of the gradients and of the weights of each family; its `RankDetail`."""
+SAMPLE_CELLS = 9
+"""Of each stream: `sampled.SUMS`."""
 
 
 def step_layout(
@@ -154,10 +223,12 @@ def step_layout(
     local: bool = False,
     families: int = 0,
     of_step: bool = True,
+    evidence: bool = False,
 ) -> Layout:
     """The packet of a monitored step: 6 S + 4 U + 4 plain cells and 3 S + 6 slots a rank.
 
-    `linear` cells, and those of the `updates` and of `local` gradients, where there are any; a packet with checksums of
+    `linear` cells, and those of the `updates`, of `local` gradients and of what the rules ask as `evidence` (9 S plain
+    cells, 11 S + 3 slots), where there are any; a packet with checksums of
     `families` has the slots of all ranks at once, and so has one that is not `of_step`, which holds no facts.
     """
     fields = [
@@ -171,6 +242,9 @@ def step_layout(
         fields.append(Field(FACTS, (RankFacts.cell_count(len(streams)),), per_rank=True))
     if updates:
         fields.append(Field(UPDATES, (len(streams), 2)))
+    if evidence and of_step:
+        fields.append(Field(SAMPLES, (len(streams), SAMPLE_CELLS)))
+        fields.append(Field(DETAIL, (RankDetail.cell_count(len(streams)),), per_rank=True))
     if local:
         fields.append(Field(LOCAL, (2 * len(streams) + 1,), per_rank=True))
     if linear:
@@ -210,8 +284,9 @@ def step_stats(
     maxima = [max(ranks) for ranks in sums[MAXIMA]]
     model_sq_norm = sum(row[SQ_SUM] for row in table)
     updates = sums.get(UPDATES, [(0.0, 0.0)] * len(streams))
+    samples = sums.get(SAMPLES, [None] * len(streams))
     per_stream = {}
-    for name, row, abs_max, update in zip(streams, table, maxima, updates, strict=True):
+    for name, row, abs_max, update, sampled in zip(streams, table, maxima, updates, samples, strict=True):
         has_gradient, finite = row[ELEMENTS] > 0, row[ELEMENTS] - row[NONFINITE]
         per_stream[name] = StreamStats(
             grad_norm=math.sqrt(row[SQ_SUM]) if has_gradient else math.nan,
@@ -223,9 +298,14 @@ def step_stats(
             tensors=_at_least_one(row[TENSORS]),
             update_norm=math.sqrt(update[0]) if update[1] else math.nan,
             update_ratio=math.sqrt(ratio(*update)) if update[1] else math.nan,
+            sample=None if sampled is None else Sample.of_sums(sampled, max(alive, 1.0)),
         )
     facts_of = zip(heard, zip(*sums.get(FACTS, ()), strict=True), strict=False)
     said = [RankFacts.of_cells(rank, cells) for rank, cells in facts_of]
+    if DETAIL in sums:
+        details = [RankDetail.of_cells(cells, len(streams)) for cells in zip(*sums[DETAIL], strict=True)]
+        told = zip(said, details, strict=True)
+        said = [None if facts is None else replace(facts, detail=detail) for facts, detail in told]
     epoch = float(f"{epochs / max(alive, 1.0):.12g}")  # the mean of equal numbers, without what adding them rounds
     return StepStats(
         step=step,

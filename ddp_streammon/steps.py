@@ -7,13 +7,14 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ddp_streammon import stats
 from ddp_streammon.collective import Collective
-from ddp_streammon.config import MonitorConfig
+from ddp_streammon.config import Intent, MonitorConfig
 from ddp_streammon.linear import Linear
 from ddp_streammon.measurement import GradientMeter
 from ddp_streammon.plan import Measurement, Plan
@@ -77,6 +78,8 @@ class Steps:
             )
             self._pending.append(self._fresh)
             figures = self._fresh.figures()
+        if self.calls % self._config.every == 0:
+            self._meter.remember_weights(self.calls)
         self._meter.look_at_next(self.calls % self._config.every == 0)
         return figures
 
@@ -168,7 +171,7 @@ class Steps:
         if self._last is not None:
             own |= self._last.scalars
             declared |= set(self._last.scalars)
-        identity = (self._streams.names, self._config, self.calls)
+        identity = (self._streams.names, replace(self._config, intent=Intent()), self.calls)
         mine = {name: own[name] for name in sorted(declared)}
         everyone = self._collective.gather((identity, mine, self._meter.summed_later()))
         for rank, (other, _, _) in enumerate(everyone):

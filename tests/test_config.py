@@ -28,7 +28,7 @@ def test_the_default_experiment_is_two_views_of_the_digits() -> None:
     assert list(config.streams) == ["fou", "pix"]
     assert config.monitor.enabled
     assert config.sinks.wandb.mode == "offline"
-    assert monitor_config(config) == MonitorConfig(rules=RuleSet.guide, rule_severity=Severity.info)
+    assert monitor_config(config) == MonitorConfig(rules=RuleSet.evidence, rule_severity=Severity.info)
 
 
 def test_streams_are_addressed_by_the_users_names() -> None:
@@ -66,7 +66,10 @@ def test_a_stream_is_added_on_the_command_line() -> None:
         ("optim.betas=[0.9]", r"optim.betas must be two numbers in \[0, 1\), got \[0.9\]"),
         ("optim.floor=2", r"floor must be in \[0, 1\], got 2"),
         ("streams.fou.patience=0", "streams.fou: patience must be at least 1, got 0"),
-        ("+streams.fou.lr=1", "streams.fou.lr: no such key; valid keys: patterns, frozen, patience, min_delta"),
+        (
+            "+streams.fou.lr=1",
+            "streams.fou.lr: no such key; valid keys: patterns, frozen, auxiliary, patience, min_delta",
+        ),
         ("optim.streams.fou.lr=x", "optim.streams.fou: Value 'x' of type 'str' could not be converted to Float"),
         ("+optim.streams.rgb.lr=1", "optim.streams.rgb: there is no such stream; streams: fou, pix, shared"),
         ("optim.streams.fou=3", "optim.streams.fou must be a mapping with lr, weight_decay, got 3"),
@@ -222,7 +225,7 @@ def test_what_a_target_raises_is_told_with_its_place(overrides: list[str], text:
         ("delay", -1, "monitor.delay must be an integer of at least 0, got -1"),
         ("delay", 1.5, "monitor.delay must be an integer of at least 0, got 1.5"),
         ("history_limit", 0, "monitor.history_limit must be an integer of at least 1, got 0"),
-        ("rules", "best", "monitor.rules must be one of guide, off, got 'best'"),
+        ("rules", "best", "monitor.rules must be one of evidence, guide, off, got 'best'"),
         ("rule_severity", "loud", "monitor.rule_severity must be one of info, warning, error, got 'loud'"),
     ],
 )

@@ -104,6 +104,12 @@ def test_to_dict_is_plain() -> None:
         "step": 8412,
         "evidence": {"ratio": 4.2, "threshold": 3.0},
         "action": {"setting": "lr", "stream": "stream1", "value": 5e-5, "old": 1e-4},
+        "since": 8412,
+        "seen": full().seen,
+        "likely": "",
+        "do": "",
+        "confirm": "",
+        "explained_by": None,
     }
     assert full().to_dict() == expected
     assert json.loads(json.dumps(full().to_dict())) == expected

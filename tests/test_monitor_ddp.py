@@ -20,7 +20,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddp_streammon import MonitorConfig, Severity, StreamMonitor, Total
+from ddp_streammon import MonitorConfig, RuleSet, Severity, StreamMonitor, Total
 from tests.networks import STREAMS, TwoStreams, batch, loss_of, network, part
 from tests.ranks import run_ranks
 
@@ -42,7 +42,8 @@ def here() -> tuple[int, int]:
 
 
 def monitor_of(model: nn.Module, optimizer: Any = None, **config: Any) -> StreamMonitor:
-    return StreamMonitor(model, optimizer, STREAMS, config=MonitorConfig(**config))
+    """With the guide's rules, beside which every exact finding of a step is told as it is."""
+    return StreamMonitor(model, optimizer, STREAMS, config=MonitorConfig(**{"rules": RuleSet.guide, **config}))
 
 
 # Figures equal a twin's -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_streammon import MonitorConfig, Severity, StreamMonitor
+from ddp_streammon import MonitorConfig, RuleSet, Severity, StreamMonitor
 from ddp_streammon.ranks import LocalNorms
 from ddp_streammon.rules.exact import check
 from ddp_streammon.rules.finding import Finding
@@ -86,7 +86,7 @@ def _told(feed: Feed, steps: int, seed: int = 0, victim: int = 0, poisoned: str 
     rank = dist.get_rank()
     model = DistributedDataParallel(network(seed))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    config = MonitorConfig(local_gradients=True, delay=0)
+    config = MonitorConfig(local_gradients=True, delay=0, rules=RuleSet.off)
     monitor = StreamMonitor(model, optimizer, STREAMS, config=config)
     step = 0
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import random
 from collections.abc import Mapping
@@ -19,12 +20,15 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from ddp_streammon import Severity, StreamMonitor, StreamSet
+import ddp_streammon
+from ddp_streammon import MonitorConfig, RuleSet, Severity, StreamSet
 from ddp_streammon.train.early_stopping import Criteria, StreamEarlyStopping
 from ddp_streammon.train.models import MultiStreamModel, multi_mlp
 from tests.ranks import run_ranks
 
 WARN = "⚠️  "
+StreamMonitor = functools.partial(ddp_streammon.StreamMonitor, config=MonitorConfig(rules=RuleSet.guide))
+"""With the guide's rules, which are what these tests are about."""
 
 
 def model(streams: tuple[str, ...] = ("stream1", "stream2"), fusion: str = "concat", seed: int = 0) -> MultiStreamModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +16,13 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from ddp_streammon import Figures, StreamMonitor
+import ddp_streammon
+from ddp_streammon import Figures, MonitorConfig, RuleSet
 from ddp_streammon.train.models import MultiStreamModel, mc_resnet, mc_resnet18
 from tests.ranks import run_ranks
+
+StreamMonitor = functools.partial(ddp_streammon.StreamMonitor, config=MonitorConfig(rules=RuleSet.guide))
+"""With the guide's rules, which are what these tests are about."""
 
 SEED = ("stream1", "stream2")
 OWN = ("rgb", "depth")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_streammon import StreamMonitor
+from ddp_streammon import MonitorConfig, RuleSet, StreamMonitor
 from ddp_streammon.train.models import mc_resnet18
 from tests.networks import STREAMS, batch, loss_of, network
 from tests.ranks import run_ranks
@@ -58,7 +58,8 @@ def _not_finite() -> list[float]:
     model = trained()
     with torch.no_grad():
         model.rgb[3].weight[-1, -1] = math.nan  # type: ignore[index,operator]
-    monitor = StreamMonitor(DistributedDataParallel(model), None, STREAMS)
+    guide = MonitorConfig(rules=RuleSet.guide)
+    monitor = StreamMonitor(DistributedDataParallel(model), None, STREAMS, config=guide)
     figures = monitor.compute_stream_weights()
     monitor.log_metrics(0, figures)
     assert any(finding.rule == "S-NF" and finding.stream == "rgb" for finding in monitor.get_recommendations())

@@ -40,13 +40,20 @@ class _Fields:
     step: int | None = None
     evidence: Mapping[str, float] = field(default_factory=dict)
     action: Action | None = None
+    since: int | None = None
+    likely: str = ""
+    do: str = ""
+    confirm: str = ""
+    explained_by: str | None = None
 
 
 class Finding(str):
     """What a rule found. It *is* its sentence (so `'⚠️' in finding` works) and has fields.
 
     `rule` (id), `severity`, `stream`, `rank`, `step` (None where it concerns no single one), `evidence` (the
-    numbers by name) and `action` (None where there is nothing to set). Equal on every rank.
+    numbers by name) and `action` (None where there is nothing to set). Those of the evidence rules also say what was
+    `seen` (the sentence), what is `likely`, what to `do` and what would `confirm` it, `since` when it stands, and
+    which finding it is `explained_by`. Equal on every rank.
     """
 
     fields: _Fields
@@ -87,13 +94,87 @@ class Finding(str):
     def action(self) -> Action | None:
         return self.fields.action
 
+    @property
+    def since(self) -> int | None:
+        """The step from which it stands; that of the finding where its rule keeps no record."""
+        return self.step if self.fields.since is None else self.fields.since
+
+    @property
+    def seen(self) -> str:
+        """What was seen: the sentence without its sign."""
+        return self.removeprefix("⚠️").strip()
+
+    @property
+    def likely(self) -> str:
+        return self.fields.likely
+
+    @property
+    def do(self) -> str:
+        return self.fields.do
+
+    @property
+    def confirm(self) -> str:
+        return self.fields.confirm
+
+    @property
+    def explained_by(self) -> str | None:
+        return self.fields.explained_by
+
+    def told(self) -> str:
+        """Everything that it says, in one line."""
+        parts = (("Likely", self.likely), ("Do", self.do), ("Confirm", self.confirm))
+        text = " ".join(f"{name}: {words}." for name, words in parts if words)
+        because = f" Explained by {self.explained_by}." if self.explained_by else ""
+        return f"{self}. {text}{because}" if text else f"{self}{because}"
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for sinks: the sentence under `finding`, and the fields."""
-        return {"finding": str(self), **asdict(self.fields), "severity": self.severity.value}
+        """Plain values, for sinks (`SCHEMA`): the sentence under `finding`, and the fields."""
+        return {
+            "finding": str(self),
+            **asdict(self.fields),
+            "severity": self.severity.value,
+            "since": self.since,
+            "seen": self.seen,
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Finding:
         """The finding that gave `values` by `to_dict`."""
         action = None if values["action"] is None else Action(**values["action"])
-        fields = {name: value for name, value in values.items() if name != "finding"}
+        fields = {name: value for name, value in values.items() if name not in ("finding", "seen")}
         return cls(values["finding"], **fields | {"severity": Severity(values["severity"]), "action": action})
+
+
+_TEXT, _NUMBER = {"type": "string"}, {"type": ["number", "string"]}
+SCHEMA: Mapping[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "Finding",
+    "type": "object",
+    "required": [
+        "finding",
+        "seen",
+        "likely",
+        "do",
+        "confirm",
+        "rule",
+        "severity",
+        "stream",
+        "rank",
+        "since",
+        "evidence",
+    ],
+    "properties": {
+        **dict.fromkeys(("finding", "seen", "likely", "do", "confirm", "rule"), _TEXT),
+        "severity": {"enum": [severity.value for severity in Severity]},
+        **{name: {"type": ["string", "null"]} for name in ("stream", "explained_by")},
+        **{name: {"type": ["integer", "null"]} for name in ("rank", "step", "since")},
+        "evidence": {"type": "object", "additionalProperties": _NUMBER},
+        "action": {
+            "type": ["object", "null"],
+            "required": ["setting", "stream", "value", "old"],
+            "properties": {"setting": _TEXT, "stream": _TEXT, "value": _NUMBER, "old": _NUMBER},
+        },
+    },
+    "additionalProperties": False,
+}
+"""The JSON Schema of `Finding.to_dict` as the JSONL sink writes it (nan and infinities are strings there)."""

@@ -69,7 +69,8 @@ class JsonlSink:
 
     def write(self, report: Report) -> None:
         """Append the report."""
-        self._append(_record(report.kind, report.step, report.epoch, report.values, report.findings))
+        record = _record(report.kind, report.step, report.epoch, report.values, report.findings)
+        self._append(record if report.stats is None else record | {"measured": report.stats.to_dict()})
 
     def close(self, outcome: Outcome) -> None:
         """Append the outcome and close the file."""
@@ -203,7 +204,17 @@ def _restored(record: dict[str, Any]) -> dict[str, Any]:
         | ({"action": _floats(finding["action"], only=("value", "old"))} if finding["action"] else {})
         for finding in record["findings"]
     ]
-    return record | {"values": _floats(record["values"]), "findings": findings}
+    whole = record | {"values": _floats(record["values"]), "findings": findings}
+    return whole | {"measured": all_floats(record["measured"])} if "measured" in record else whole
+
+
+def all_floats(value: Any) -> Any:
+    """The same with floats for the names of nan and infinities, at any depth."""
+    if isinstance(value, dict):
+        return {key: all_floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [all_floats(item) for item in value]
+    return _NONFINITE.get(value, value) if isinstance(value, str) else value
 
 
 def _floats(mapping: Mapping[str, Any], only: Iterable[str] | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`torchrun --nproc-per-node=2 -m ddp_streammon.train [overrides]`: the application's command line."""
+"""`torchrun --nproc-per-node=2 -m ddp_streammon.train [preflight] [overrides]`: the application's command line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ddp_streammon.train.loop import Result, run
 from ddp_streammon.train.training import seed_all, stream_specs
 
 VERSION_BASE = "1.3"
-OPEN = ("streams", "optim.streams", "data", "model")
+OPEN = ("streams", "optim.streams", "data", "model", "rules.thresholds")
 """Mappings that take keys of the user's."""
 
 
@@ -67,8 +67,14 @@ def _application(config: DictConfig) -> None:
         print(where_to_look(result, run_dir), flush=True)
 
 
+PREFLIGHT = ("preflight", "trainer.preflight=50")
+"""What the command line's first word stands for."""
+
+
 def main() -> None:
     """Run the application; a command line that Hydra refuses is explained with the valid keys."""
+    if sys.argv[1:2] == [PREFLIGHT[0]]:
+        sys.argv[1] = PREFLIGHT[1]
     try:
         _application()
     except SystemExit as stop:
@@ -212,13 +218,15 @@ _SHOWN = ("full_train_acc", "full_val_acc", "full_val_loss", "full_test_acc")
 
 def where_to_look(result: Result, run_dir: Path) -> str:
     """The last lines of a run: its figures, what stands, and its records."""
+    if result.preflight is not None:
+        return f"\n{result.preflight}"
     figures = ", ".join(f"{key} {result.figures[key]:.4f}" for key in _SHOWN if key in result.figures)
     lines = ["", f"Done: {figures}"]
     if result.findings:
         lines.append("Recommendations:")
         for finding in result.findings:
             action = f"  [{describe_action(finding.action, 'hydra')}]" if finding.action else ""
-            lines.append(f"  {finding}{action}")
+            lines.append(f"  {finding.told()}{action}")
     lines.append("Where to look:")
     records = {"run directory": str(run_dir), **result.records}
     lines += [f"  {name:<13}  {place}" for name, place in records.items()]

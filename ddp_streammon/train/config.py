@@ -8,11 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from ddp_streammon import keys
-from ddp_streammon.config import MonitorConfig
+from ddp_streammon.config import Intent, MonitorConfig, RuleSet
+from ddp_streammon.rules import evidence
+from ddp_streammon.rules.engine import Rule, adjusted
 from ddp_streammon.train.sections import (
     AUTO,
     AppConfig,
@@ -41,6 +44,7 @@ __all__ = [
     "StreamSection",
     "TrainerSection",
     "check_ranks",
+    "intent_of",
     "load",
     "monitor_config",
     "reduced",
@@ -55,9 +59,13 @@ class ConfigError(ValueError):
     """The configuration is wrong; the text says where, what is valid, and what to do."""
 
 
-def monitor_config(config: AppConfig) -> MonitorConfig:
-    """What the core's monitor is told."""
+def monitor_config(config: AppConfig, intent: Intent | None = None) -> MonitorConfig:
+    """What the core's monitor is told. Errors: ConfigError for a rule of the user's that cannot be made."""
     return MonitorConfig(
+        intent=intent or Intent(),
+        mute=tuple(config.rules.mute),
+        thresholds=dict(config.rules.thresholds),
+        extra_rules=tuple(_rule(entry) for entry in config.rules.extra),
         every=config.monitor.every,
         delay=config.monitor.delay,
         audit_every=config.monitor.audit_every,
@@ -90,6 +98,41 @@ def reduced(config: DictConfig) -> DictConfig:
                 result.streams.pop(name)
                 result.optim.streams.pop(name, None)
     return result
+
+
+def intent_of(config: AppConfig, classes: int | None, total_steps: int | None) -> Intent:
+    """What the configuration declares, for the rules. `classes` and `total_steps` as far as they are known."""
+    names = [name for name, section in config.streams.items() if not section.frozen]
+    own = config.optim.streams
+
+    def of_streams(setting: str, base: float) -> dict[str, float]:
+        values = {name: getattr(own.get(name), setting, None) for name in names}
+        return {name: base if value is None else value for name, value in values.items()}
+
+    return Intent(
+        frozen=tuple(name for name, section in config.streams.items() if section.frozen),
+        auxiliary=tuple(name for name, section in config.streams.items() if section.auxiliary),
+        accumulate=config.trainer.accumulate,
+        clip_norm=config.trainer.clip_norm,
+        total_steps=total_steps,
+        lr=of_streams("lr", config.optim.lr),
+        weight_decay=of_streams("weight_decay", config.optim.weight_decay),
+        classes=classes,
+        schedule=config.optim.scheduler.value,
+    )
+
+
+def _rule(entry: Any) -> Rule:
+    """A rule of the user's from its `_target_`."""
+    try:
+        rule = instantiate(entry)
+    except Exception as error:  # whatever the user's class raises is told with the place that names it
+        raise ConfigError(f"rules.extra ({entry}): {type(error).__name__}: {error}") from error
+    if not isinstance(rule, Rule):
+        raise ConfigError(
+            f"rules.extra: {entry} gives a {type(rule).__name__}; make it a subclass of ddp_streammon.rules.engine.Rule"
+        )
+    return rule
 
 
 def load(config: DictConfig) -> AppConfig:
@@ -130,7 +173,9 @@ def load(config: DictConfig) -> AppConfig:
     loaded.streams = streams
     loaded.optim.streams = stream_optims
     try:
-        monitor_config(loaded)
+        monitor = monitor_config(loaded)
+        if monitor.rules is RuleSet.evidence:
+            adjusted((*evidence.RULES, *monitor.extra_rules), monitor.mute, monitor.thresholds)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return loaded

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ddp_streammon import keys
 from ddp_streammon.rules.finding import Finding
 from ddp_streammon.sinks.guard import EXIT_SECONDS
 from ddp_streammon.train import checkpoint, parallel
-from ddp_streammon.train.config import CHECKPOINT, AppConfig
+from ddp_streammon.train.config import CHECKPOINT, AppConfig, ConfigError
 from ddp_streammon.train.data import StreamData
 from ddp_streammon.train.evaluating import Sums, evaluate, tested
 from ddp_streammon.train.process import process_group, sigterm_unwinds
@@ -41,6 +42,8 @@ class Result:
     """What stood at the end."""
     records: Mapping[str, str] = field(default_factory=dict)
     """What was written, and where: `JSONL file`, `W&B run`."""
+    preflight: str | None = None
+    """What a preflight says, where that was asked for."""
 
 
 def run(
@@ -76,15 +79,20 @@ def _run(
     a gloo group must not be DDP's, which drops it with the GIL held while the group's own threads may wait for that."""
     training = build(config, data, model, run_dir, settings, device, solo)
     exit_code = 1
+    said = None
     try:
-        _train(training)
-        training.figures |= tested(training)
+        if config.trainer.preflight is not None:
+            said = _preflight(training, config.trainer.preflight)
+        else:
+            _train(training)
+            training.figures |= tested(training)
         exit_code = 0
     finally:
         if training.monitor is not None:
             training.monitor.close(exit_code)
     monitor = training.monitor
-    return Result(training.figures, tuple(monitor.get_recommendations()) if monitor else (), _records(training))
+    findings = tuple(monitor.get_recommendations()) if monitor else ()
+    return Result(training.figures, findings, _records(training), said)
 
 
 def _records(training: Training) -> dict[str, str]:
@@ -119,6 +127,36 @@ def _train(training: Training) -> None:
             break
 
 
+class _First:
+    """The first batches of a loader."""
+
+    def __init__(self, loader: DataLoader[Any], batches: int) -> None:
+        self._loader, self._batches = loader, min(batches, len(loader))
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self._loader), self._batches)
+
+
+def _preflight(training: Training, steps: int) -> str:
+    """Train so many steps; what the monitor then says of what does not train."""
+    if training.monitor is None:
+        raise ConfigError("trainer.preflight needs monitor.enabled=true")
+    loader, sampler = train_loader(training)
+    accumulate = training.config.trainer.accumulate
+    epoch, done = 0, 0
+    while done < steps:
+        if sampler is not None:
+            sampler.set_epoch(epoch)
+        first = _First(loader, (steps - done) * accumulate)
+        train_epoch(training, first, epoch)
+        done += -(-len(first) // accumulate)
+        epoch += 1
+    return str(training.monitor.preflight())
+
+
 def train_loader(training: Training) -> tuple[DataLoader[Any], DistributedSampler[Any] | None]:
     config = training.config.trainer
     dataset: Any = training.data.train
@@ -139,7 +177,7 @@ def train_loader(training: Training) -> tuple[DataLoader[Any], DistributedSample
     return loader, sampler
 
 
-def train_epoch(training: Training, loader: DataLoader[Any], epoch: int) -> Sums:
+def train_epoch(training: Training, loader: DataLoader[Any] | _First, epoch: int) -> Sums:
     config = training.config.trainer
     training.wrapped.train()
     if training.early_stopping is not None:
@@ -201,6 +239,8 @@ def _evaluate(training: Training, sums: Sums, epoch: float) -> None:
     if training.early_stopping is None:
         return
     stopped = training.early_stopping.update(_accuracy(training), training.epoch)
+    if training.monitor is not None:
+        training.monitor.declare_frozen(training.early_stopping.frozen)
     for name in stopped if training.rank == 0 else ():
         _log.info("stream %s stopped after epoch %.4g: best weights restored", name, epoch)
     if stopped:

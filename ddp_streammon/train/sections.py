@@ -73,6 +73,8 @@ class StreamSection:
     """Parameter patterns of the stream in the user's own model; None: the stream's name."""
     frozen: bool = False
     """Declared intent: the stream is not trained."""
+    auxiliary: bool = False
+    """Declared intent: the stream need not take part in every step (an optional input, a loss of its own)."""
     patience: int | None = None
     """Stream early stopping: evaluations without improvement of the stream's own accuracy; None: never."""
     min_delta: float = 0.0
@@ -209,8 +211,15 @@ class EvaluationSection:
 class RulesSection:
     """Which rules give recommendations, and how loud they are."""
 
-    name: RuleSet = RuleSet.guide
+    name: RuleSet = RuleSet.evidence
     severity: Severity = Severity.info
+    """guide: how loud its warnings are."""
+    mute: list[str] = field(default_factory=list)
+    """evidence: rules, by id, that say nothing."""
+    thresholds: dict[str, float] = field(default_factory=dict)
+    """evidence: other thresholds, `STL.ratio: 0.9`; a rule's fields are their names."""
+    extra: list[Any] = field(default_factory=list)
+    """evidence: rules of your own, each with its `_target_`: a subclass of `ddp_streammon.rules.engine.Rule`."""
 
 
 @dataclass
@@ -272,12 +281,17 @@ class TrainerSection:
     """Epochs between two checkpoints; the last epoch always has one. 0: none."""
     progress: bool = True
     """A progress bar on rank 0, where the terminal can show one."""
+    preflight: int | None = None
+    """Train so many optimizer steps, say what will not train and which rules cannot be evaluated, and end; nothing is
+    saved. null: train."""
     find_unused_parameters: bool = False
     timeout_s: float = 600.0
     """Seconds after which a collective that another rank does not join ends the job."""
 
     def __post_init__(self) -> None:
         _at_least("trainer", self, epochs=1, batch_size=1, accumulate=1, num_workers=0, checkpoint_every=0)
+        if self.preflight is not None:
+            _at_least("trainer", self, preflight=1)
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"trainer.clip_norm must be positive (or null), got {self.clip_norm}")
         if not 0 < self.timeout_s < math.inf:

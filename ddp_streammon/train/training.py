@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from ddp_streammon.collective import Collective
+from ddp_streammon.config import Intent
 from ddp_streammon.monitor import StreamMonitor
 from ddp_streammon.report import Sink
 from ddp_streammon.sinks import ConsoleSink, FanOut, JsonlSink, WandbSink
 from ddp_streammon.streams import StreamLike, StreamSet, StreamSpec
 from ddp_streammon.train import checkpoint, parallel
-from ddp_streammon.train.config import AppConfig, Precision, StreamSection, check_ranks, monitor_config
+from ddp_streammon.train.config import AppConfig, Precision, StreamSection, check_ranks, intent_of, monitor_config
 from ddp_streammon.train.data import StreamData
 from ddp_streammon.train.early_stopping import Criteria, StreamEarlyStopping
 from ddp_streammon.train.optim import StreamOptim, StreamSchedulers, build_optimizer, stream_param_groups
@@ -140,7 +141,7 @@ def build(
             wrapped,
             optimizer,
             specs,
-            config=monitor_config(config),
+            config=monitor_config(config, _intent(config, data, model, collective.topology.world_size)),
             sinks=[sinks],
             name=run_dir.name,
             run={**settings, "run_dir": str(run_dir), "world_size": collective.topology.world_size},
@@ -170,6 +171,18 @@ def build(
         if training.rank == 0:
             _log.info("goes on after epoch %d, from %s", training.epoch, source)
     return training
+
+
+def _intent(config: AppConfig, data: StreamData, model: nn.Module, world_size: int) -> Intent:
+    """What the configuration declares; a loss of the model's own need not be a cross-entropy."""
+    own = getattr(model, "criterion", None)
+    classes = data.num_classes if own is None or isinstance(own, nn.CrossEntropyLoss) else None
+    items: Any = data.train
+    per_rank = -(-len(items) // world_size)
+    drop_last = len(items) >= config.trainer.batch_size * world_size
+    batches = per_rank // config.trainer.batch_size if drop_last else -(-per_rank // config.trainer.batch_size)
+    steps = -(-batches // config.trainer.accumulate) * config.trainer.epochs
+    return intent_of(config, classes, steps)
 
 
 def stream_specs(sections: Mapping[str, StreamSection]) -> dict[str, StreamLike]:

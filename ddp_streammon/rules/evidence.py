@@ -1,0 +1,25 @@
+"""The evidence rules: every alarm has a reason, a condition with its source, and something to do.
+
+| class | rules |
+| --- | --- |
+| non-finite | NF |
+| configuration | FRZ, OPT, RATE, LR0, DECAY, INIT |
+| exact | DET, DEAD, UNC, ZGR, EVAL, NEG, LR, MODE, BATCH, SYNC, DESYNC, LRJ, LRS |
+| input | INZ, INC, INN, INR, SAME, ORDER |
+| windowed | WGR, LRH, DIV, VAN, CLP, LRL, WSH, UPD, IMB, STL, BF16, LOSS, OUTLIER, SLOW |
+| evaluated | what `evaluation.claims` says, told by `rules.evaluated` |
+
+Each rule's class says when it fires, where its numbers come from, and what is legal. They are evaluated in this order,
+which is that in which findings explain each other. Sources: rules.md and zoo/README.md are this project's catalogue and
+its fault zoo.
+"""
+
+from __future__ import annotations
+
+from ddp_streammon.rules import of_inputs, of_ranks, of_training, of_windows
+from ddp_streammon.rules.engine import Rule
+
+RULES: tuple[Rule, ...] = tuple(
+    sorted((*of_training.RULES, *of_ranks.RULES, *of_inputs.RULES, *of_windows.RULES), key=lambda rule: rule.kind.order)
+)
+"""All of them, with their own thresholds."""

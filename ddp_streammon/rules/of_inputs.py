@@ -1,0 +1,288 @@
+"""Rules about what goes into the streams: empty, constant, unscaled, the same on two ranks, or in the same order."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ddp_streammon import keys
+from ddp_streammon.config import Severity
+from ddp_streammon.ranks import RankFacts, StreamInput
+from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
+from ddp_streammon.rules.of_training import few, single
+from ddp_streammon.rules.view import View
+
+
+@dataclass(frozen=True)
+class _Empty(Rule):
+    """A stream's input says nothing on a rank, `hold` measured steps in a row. Batches without the modality are legal:
+    where the condition has come and gone it has to last four times longer, and optional streams are left out. Where
+    the caller says by `present` that there is data, it holds at once."""
+
+    kind: ClassVar[Kind] = Kind.input
+    severity: ClassVar[Severity] = Severity.error
+    requires: ClassVar[tuple[str, ...]] = ("inputs",)
+    intermittent: ClassVar[bool] = True
+
+    hold: int = 4
+
+    def check(self, view: View) -> Iterator[Signal]:
+        for stream in view.streams:
+            present = view.now.scalars.get(keys.of_stream(stream, keys.PRESENT))
+            absent = present is not None and present.mean == 0
+            if stream in view.intent.auxiliary or absent:
+                continue
+            given = view.inputs(stream)
+            bad = [rank for rank, of in given.items() if self.empty(view, stream, rank, of)]
+            if bad and len(bad) == len(given) == len(view.now.rank_facts):
+                yield self.signal(stream, None, "every rank" if len(bad) > 1 else few(bad))
+            else:
+                for rank in bad:
+                    yield self.signal(stream, rank, few([rank]))
+
+    def empty(self, view: View, stream: str, rank: int, of: StreamInput) -> bool:
+        raise NotImplementedError
+
+    def signal(self, stream: str, rank: int | None, where: str) -> Signal:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ZeroInput(_Empty):
+    """INZ: a stream's input is all zeros. No threshold; see `_Empty` for batches without the modality."""
+
+    id: ClassVar[str] = "INZ"
+
+    def empty(self, view: View, stream: str, rank: int, of: StreamInput) -> bool:
+        return of.abs_max == 0
+
+    def signal(self, stream: str, rank: int | None, where: str) -> Signal:
+        return Signal(
+            stream,
+            rank,
+            f"{stream}: its input has been all zeros on {where} for {self.hold} steps",
+            likely="a sensor that is off, a wrong key, or empty records",
+            do=f"look at what the loader gives for {stream} on {where}; pass present={{...}} where it may be missing",
+            confirm="this line clears",
+            evidence={"abs_max": 0.0},
+        )
+
+
+@dataclass(frozen=True)
+class ConstantInput(_Empty):
+    """INC: all items of a batch are the same for a stream, and the same as in the steps before. No threshold."""
+
+    id: ClassVar[str] = "INC"
+
+    hold: int = 3
+
+    def empty(self, view: View, stream: str, rank: int, of: StreamInput) -> bool:
+        if of.constant != 1 or not of.abs_max > 0:
+            return False
+        number = view.number(stream)
+        means = view.of_rank(rank, lambda facts: _input(facts, number).mean, 2)
+        peaks = view.of_rank(rank, lambda facts: _input(facts, number).abs_max, 2)
+        return len(set(means)) <= 1 and len(set(peaks)) == 1 and len(peaks) == min(2, len(view.steps))
+
+    def signal(self, stream: str, rank: int | None, where: str) -> Signal:
+        return Signal(
+            stream,
+            rank,
+            f"{stream}: all items have had the same input on {where} for {self.hold} steps",
+            likely="one frame is repeated: a frozen sensor, or an index that never moves",
+            do=f"look at what the loader gives for {stream} on {where}",
+            confirm="this line clears",
+            evidence={"constant": 1.0},
+        )
+
+
+def _input(facts: RankFacts, number: int) -> StreamInput:
+    return StreamInput() if facts.detail is None else facts.detail.inputs[number]
+
+
+@dataclass(frozen=True)
+class Unscaled(Rule):
+    """INN: the mean or the standard deviation of what a stream's first linear or convolution layer sees is above
+    `most`, in `hold` steps in a row. Not evaluated where a norm layer, an embedding or the model's own scaling comes
+    before it, since then it sees what they give."""
+
+    id: ClassVar[str] = "INN"
+    destabilises: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind.input
+    requires: ClassVar[tuple[str, ...]] = ("inputs",)
+
+    hold: int = 5
+    most: float = 10.0
+    """rules.md, INN: ten times what standardised inputs have."""
+
+    def check(self, view: View) -> Iterator[Signal]:
+        for stream in view.streams:
+            seen = [(abs(of.first_mean), of.first_std) for of in view.inputs(stream).values()]
+            sizes = [pair for pair in seen if not math.isnan(pair[1])]
+            if not sizes or not view.trained(stream):
+                continue
+            mean, std = min(sizes, key=max)  # of the best rank: where some only are unscaled, INR says so
+            if max(mean, std) < QUIET * self.most:
+                continue
+            yield Signal(
+                stream,
+                seen=f"{stream}: its first layer sees inputs of mean {mean:.3g} and standard deviation {std:.3g}",
+                likely="raw values that nobody has normalised",
+                do=f"normalise {stream}: subtract {mean:.3g} and divide by {std:.3g} (of the training set)",
+                confirm="mean near 0 and standard deviation near 1",
+                strength=max(mean, std) / self.most,
+                evidence={"mean": mean, "std": std, "threshold": self.most},
+            )
+
+
+@dataclass(frozen=True)
+class OtherScale(Rule):
+    """INR: the size of a stream's input on one rank is `factor` times that on the others, or its mean is `shift`
+    standard deviations away, in the median of `WINDOW` steps. With two ranks the one that is farther from a root mean
+    square of 1 is named where that is clear (`factor` again), or none."""
+
+    id: ClassVar[str] = "INR"
+    destabilises: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind.input
+    requires: ClassVar[tuple[str, ...]] = ("inputs", "data ranks", "no model peers")
+
+    WINDOW: ClassVar[int] = 10
+    hold: int = 2
+    every: int = 5
+    clear: float = 0.8
+    warm_up: int = 9
+    factor: float = 2.5
+    """Batches of 8 items of one data set differ by less than 1.5 in the median of ten; not from the literature."""
+    shift: float = 2.0
+    """In standard deviations of the others' inputs; not from the literature."""
+
+    def check(self, view: View) -> Iterator[Signal]:
+        for stream in view.streams:
+            number = view.number(stream)
+            sizes, means = {}, {}
+            for rank in view.inputs(stream):
+                rms = view.of_rank(rank, lambda facts, n=number: _size(_input(facts, n)), self.WINDOW)  # type: ignore[misc]
+                mean = view.of_rank(rank, lambda facts, n=number: _input(facts, n).mean, self.WINDOW)  # type: ignore[misc]
+                if len(rms) >= self.WINDOW // 2 and statistics.median(rms) > 0:
+                    sizes[rank], means[rank] = statistics.median(rms), statistics.median(mean)
+            if len(sizes) < 2:
+                continue
+            odd, strength = self._odd(sizes, means)
+            if strength < QUIET:
+                continue
+            told = ", ".join(f"{size:.3g} on rank {at}" for at, size in list(sizes.items())[:4])
+            yield Signal(
+                stream,
+                odd,
+                f"{stream}: its inputs differ between ranks: root mean square {told}",
+                likely=f"the shard of {few([odd]) if odd is not None else 'one of them'} was written or normalised "
+                "differently",
+                do=f"compare the {stream} records of {few(list(sizes)[:2])}"
+                if rank is None
+                else f"look at the {stream} records of rank {odd}",
+                confirm="the root mean squares agree",
+                strength=strength,
+                evidence={f"rank {at}": size for at, size in list(sizes.items())[:16]},
+            )
+
+    def _odd(self, sizes: Mapping[int, float], means: Mapping[int, float]) -> tuple[int | None, float]:
+        """The rank that stands apart, and how far in thresholds."""
+        found = []
+        for rank, size in sizes.items():
+            usual = statistics.median(other for at, other in sizes.items() if at != rank)
+            middle = statistics.median(other for at, other in means.items() if at != rank)
+            apart = abs(math.log(size / usual)) / math.log(self.factor)
+            found.append((max(apart, abs(means[rank] - middle) / usual / self.shift), rank))
+        strength, rank = max(found)
+        if len(sizes) > 2:
+            return rank, strength
+        far = {at: max(abs(math.log(size)), abs(means[at])) for at, size in sizes.items()}
+        near, most = sorted(far, key=far.__getitem__)
+        return (most if far[most] > far[near] + math.log(self.factor) / 2 else None), strength
+
+
+def _size(of: StreamInput) -> float:
+    return math.hypot(of.mean, of.std)
+
+
+@dataclass(frozen=True)
+class SameBatch(Rule):
+    """SAME: ranks are fed the same batches: samples of all streams' inputs agree bit for bit, `hold` measured steps in
+    a row, while batches change from step to step. Without inputs to be seen, the ranks' losses have to. No threshold;
+    ranks that share a batch on purpose (tensor parallel) are not compared."""
+
+    id: ClassVar[str] = "SAME"
+    severity: ClassVar[Severity] = Severity.error
+    requires: ClassVar[tuple[str, ...]] = ("data ranks", "no model peers")
+    explains: ClassVar[bool] = False
+    preflight: ClassVar[bool] = True
+
+    hold: int = 3
+    """rules.md, D-DUP."""
+
+    def check(self, view: View) -> Iterator[Signal]:
+        by_batch: dict[tuple[bool, float], list[int]] = {}
+        for rank, detail in view.details.items():
+            figure = detail.loss if math.isnan(detail.batch) else detail.batch
+            if not math.isnan(figure):
+                by_batch.setdefault((math.isnan(detail.batch), figure), []).append(rank)
+        alike = [rank for ranks in by_batch.values() if len(ranks) > 1 for rank in ranks if self._changes(view, rank)]
+        if alike:
+            yield Signal(
+                seen=f"{few(sorted(alike))} are fed the same batches",
+                likely="a sampler that was built without rank and number of replicas",
+                do="use DistributedSampler(dataset, num_replicas, rank), or split the shards by rank",
+                confirm="this line clears",
+                evidence={f"rank {rank}": 1.0 for rank in sorted(alike)[:16]},
+            )
+
+    def _changes(self, view: View, rank: int) -> bool:
+        batches = view.of_rank(rank, _batch, self.hold)
+        return len(batches) < 2 or len(set(batches)) == len(batches)
+
+
+def _batch(facts: RankFacts) -> float:
+    if facts.detail is None:
+        return math.nan
+    return facts.detail.loss if math.isnan(facts.detail.batch) else facts.detail.batch
+
+
+@dataclass(frozen=True)
+class SameOrder(Rule):
+    """ORDER: the batches of an epoch come in the order of the epoch before: `repeats` in a row, at one distance of at
+    least as many steps. No threshold; epochs of few batches cannot be told from one batch that comes again."""
+
+    id: ClassVar[str] = "ORDER"
+    requires: ClassVar[tuple[str, ...]] = ("inputs",)
+    explains: ClassVar[bool] = False
+
+    repeats: int = 4
+    """Of batches whose samples agree bit for bit, which chance does not do once."""
+
+    def check(self, view: View) -> Iterator[Signal]:
+        memory = view.memory
+        if memory.lag_held >= self.repeats <= memory.lag:
+            yield Signal(
+                seen=f"batches come in the same order every {memory.lag} measured steps",
+                likely="sampler.set_epoch(epoch) is not called, or the data are not shuffled",
+                do="call sampler.set_epoch(epoch) before each epoch, or shuffle",
+                confirm="this line clears in the next epoch",
+                evidence={"steps": float(memory.lag)},
+            )
+
+
+def odd_one(values: Mapping[int, float]) -> tuple[int, float]:
+    """The rank farthest from the median of the others, in powers of e; of two, the larger one. Values are positive."""
+    far: Sequence[tuple[float, float, int]] = [
+        (abs(math.log(value / statistics.median(o for at, o in values.items() if at != rank))), value, rank)
+        for rank, value in values.items()
+    ]
+    apart, _, rank = max(far)
+    return rank, apart
+
+
+RULES: tuple[Rule, ...] = (ZeroInput(), ConstantInput(), Unscaled(), OtherScale(), SameBatch(), SameOrder())
+__all__ = ["RULES", "odd_one", "single"]

@@ -1,0 +1,532 @@
+"""Rules about what trains at all: configurations that contradict what is meant, and relations that hold exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ddp_streammon import keys
+from ddp_streammon.config import Severity
+from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
+from ddp_streammon.rules.finding import Action
+from ddp_streammon.rules.view import View
+from ddp_streammon.stats import StepStats
+
+SAME_RATE = 0.01
+"""Relative difference of two learning rates that are taken for the same: they are written with two or three digits."""
+
+
+def few(ranks: Sequence[int]) -> str:
+    """`rank 3`, `ranks 0, 1`."""
+    told = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank {told}" if len(ranks) == 1 else f"ranks {told}"
+
+
+def single(ranks: Sequence[int]) -> int | None:
+    """The rank where there is one only."""
+    return ranks[0] if len(ranks) == 1 else None
+
+
+def together(view: View, signals: Iterable[Signal], whole: Callable[[], Signal]) -> list[Signal]:
+    """The signals; where all trained streams of several have the same, `whole` in their place."""
+    found = list(signals)
+    raised = {signal.stream for signal in found if signal.strength >= 1}
+    trained = [stream for stream in view.streams if view.trained(stream)]
+    return [whole()] if len(trained) > 1 and raised >= set(trained) else found
+
+
+@dataclass(frozen=True)
+class NonFinite(Rule):
+    """NF: a number is nan or infinite, in an input, in a rank's own gradient, in its loss, or in the gradient that all
+    ranks see: the first of these that says where it comes from is told. Under a GradScaler non-finite gradients are a
+    skipped step, which is its business; non-finite inputs are not. No threshold."""
+
+    id: ClassVar[str] = "NF"
+    outcome: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind.nonfinite
+    severity: ClassVar[Severity] = Severity.error
+
+    def check(self, view: View) -> Iterator[Signal]:
+        now, every = view.now, list(view.ranks())
+        inputs = {s: [r for r, of in view.inputs(s).items() if of.nonfinite > 0] for s in view.streams}
+        if any(inputs.values()):
+            for name, bad in inputs.items():
+                if bad:
+                    yield self._signal(view, name, bad, every, f"the input of {name} is not finite on {few(bad)}")
+            return
+        if now.scaled:
+            return
+        bad_streams = [name for name, of in now.streams.items() if of.nonfinite]
+        if not bad_streams and not now.nonfinite_ranks:
+            return
+        origins = [rank for rank in now.local if any(rank.nonfinite)]
+        own = [rank.rank for rank in origins]
+        ranks = own or list(now.nonfinite_ranks) or every
+        of_origin = {name for rank in origins for name, bad in zip(now.streams, rank.nonfinite, strict=True) if bad}
+        streams = [name for name in bad_streams if not of_origin or name in of_origin]
+        stream: str | None = streams[0] if len(streams) == 1 and streams[0] != keys.SHARED else None
+        what = f"gradients of {stream or 'several streams'}" if bad_streams else "a number that was sent"
+        yield self._signal(view, stream, ranks, every, f"{what}: not finite, on {few(ranks)}")
+
+    def _signal(self, view: View, stream: str | None, bad: Sequence[int], every: Sequence[int], seen: str) -> Signal:
+        whose = None if len(bad) == len(every) and len(every) > 1 else single(bad)
+        count = sum(of.nonfinite for of in view.now.streams.values())
+        return Signal(
+            stream,
+            whose,
+            f"{seen} at step {view.now.step}",
+            likely="a corrupt record"
+            if stream and whose is not None
+            else "a corrupt record, or a step that was too long",
+            do=f"look at the batch of step {view.now.step} on {few(bad)}, skip it, and go on from the last checkpoint",
+            first=seen.startswith("the input"),
+            confirm="this line clears and the loss is finite",
+            evidence={"nonfinite": float(count)} | {f"rank {rank}": 1.0 for rank in bad[:16]},
+        )
+
+
+@dataclass(frozen=True)
+class Frozen(Rule):
+    """FRZ: a stream has no trainable parameter. An error where it was declared which streams are frozen and this is
+    none of them; information where nothing was declared. No threshold."""
+
+    id: ClassVar[str] = "FRZ"
+    kind: ClassVar[Kind] = Kind.configuration
+    severity: ClassVar[Severity] = Severity.error
+    requires: ClassVar[tuple[str, ...]] = ("samples of weights",)
+    preflight: ClassVar[bool] = True
+
+    def check(self, view: View) -> Iterator[Signal]:
+        for stream in view.streams:
+            sample = view.sample(stream)
+            tensors = view.setup.streams[stream].tensors
+            if sample is None or not tensors or sample.trainable > 0 or view.meant_frozen(stream):
+                continue
+            known = view.intent.frozen is not None
+            yield Signal(
+                stream,
+                seen=f"{stream}: none of its {tensors} tensors requires a gradient",
+                likely="requires_grad_(False) was left on" if known else "it is frozen, which nobody declared",
+                do=f"call requires_grad_(True) on {stream}, or declare it frozen (streams.{stream}.frozen=true)",
+                confirm="this line clears, and its update is above 0",
+                evidence={"tensors": float(tensors), "trainable": 0.0},
+                severity=None if known else Severity.info,
+            )
+
+
+@dataclass(frozen=True)
+class NotOptimized(Rule):
+    """OPT: trainable tensors that are in no optimizer. Where none of a stream's are, and its weights do not move, an
+    error; where some are missing, a warning, unless their stream's weights all move: another optimizer, which the
+    monitor was not given, has them then. No threshold."""
+
+    id: ClassVar[str] = "OPT"
+    kind: ClassVar[Kind] = Kind.configuration
+    severity: ClassVar[Severity] = Severity.error
+    requires: ClassVar[tuple[str, ...]] = ("optimizer", "samples of weights", "consecutive steps")
+    preflight: ClassVar[bool] = True
+
+    hold: int = 2
+
+    def check(self, view: View) -> Iterator[Signal]:
+        for stream in view.now.streams:
+            sample = view.sample(stream)
+            if sample is None or view.meant_frozen(stream) or not sample.trainable > sample.optimized:
+                continue
+            moved = view.series(lambda step, stream=stream: _moved(step, stream), 4)  # type: ignore[misc]
+            none = sample.optimized == 0
+            if not moved or (max(moved) > 0 if none else min(moved) == 1):
+                continue
+            missing = round(sample.trainable - sample.optimized)
+            yield Signal(
+                stream,
+                seen=f"{stream}: {missing} of {round(sample.trainable)} trainable tensors are in no optimizer",
+                likely="modules were added, or a group left out, after the optimizer was built",
+                do=f"give {stream}'s parameters to the optimizer (add_param_group), or all optimizers to the monitor",
+                confirm="this line clears, and its update is above 0",
+                evidence={"trainable": sample.trainable, "optimized": sample.optimized},
+                severity=None if none else Severity.warning,
+            )
+
+
+def _moved(step: StepStats, stream: str) -> float:
+    sample = step.streams[stream].sample
+    return math.nan if sample is None else sample.moved
+
+
+@dataclass(frozen=True)
+class Rates(Rule):
+    """RATE: the learning rate or weight decay of a stream's groups is not the declared one. A group's base rate counts
+    (what its scheduler started from); without a scheduler only a rate above the declared one contradicts it, since a
+    schedule of one's own may begin low. `SAME_RATE` of difference is none."""
+
+    id: ClassVar[str] = "RATE"
+    kind: ClassVar[Kind] = Kind.configuration
+    severity: ClassVar[Severity] = Severity.error
+    requires: ClassVar[tuple[str, ...]] = ("optimizer", "rates")
+    preflight: ClassVar[bool] = True
+
+    def check(self, view: View) -> Iterator[Signal]:
+        for stream in view.streams:
+            setup = view.setup.streams[stream]
+            of_kind = (
+                (keys.LEARNING_RATE, view.intent.lr, setup.rates, setup.scheduled),
+                (keys.WEIGHT_DECAY, view.intent.weight_decay, setup.decays, True),
+            )
+            for setting, declared, present, known in of_kind:
+                meant = declared.get(stream)
+                if meant is None or not present or view.meant_frozen(stream):
+                    continue
+                other = not any(math.isclose(meant, value, rel_tol=SAME_RATE, abs_tol=1e-15) for value in present)
+                if not other or not (known or min(present) > meant):
+                    continue
+                nearest = min(present, key=lambda value, meant=meant: abs(value - meant))  # type: ignore[misc]
+                yield Signal(
+                    stream,
+                    seen=f"{stream}: its {setting} is {nearest:g}, declared is {meant:g}",
+                    likely="a setting did not reach the optimizer's group, or is off by a power of ten",
+                    do=f"set the {setting} of {stream}'s group to {meant:g}, or declare {nearest:g}",
+                    confirm="this line clears",
+                    evidence={setting: nearest, "declared": meant},
+                    action=Action(setting, stream, value=meant, old=nearest),
+                )
+
+
+@dataclass(frozen=True)
+class ZeroRate(Rule):
+    """LR0: a stream's learning rate is zero though it is to be trained: its base rate is, or the rate has been so since
+    the first step for `share` of the declared training (a schedule that thaws streams in turn has begun by then)."""
+
+    id: ClassVar[str] = "LR0"
+    kind: ClassVar[Kind] = Kind.configuration
+    severity: ClassVar[Severity] = Severity.error
+    requires: ClassVar[tuple[str, ...]] = ("optimizer",)
+    preflight: ClassVar[bool] = True
+
+    share: float = 0.5
+    """Half of the training: not from the literature."""
+
+    def check(self, view: View) -> Iterator[Signal]:
+        known = view.intent.frozen is not None
+        total = view.intent.total_steps or math.inf
+        for stream in view.streams:
+            setup, since = view.setup.streams[stream], view.memory.low_lr.get(stream, -1)
+            if since < 1 or view.meant_frozen(stream) or not setup.optimized:
+                continue
+            base = setup.scheduled and bool(setup.rates) and not any(setup.rates)
+            if base or since >= self.share * total or not setup.scheduled:
+                yield Signal(
+                    stream,
+                    seen=f"{stream}: its learning rate is 0",
+                    likely="its group's learning rate was left at 0" if base else "its schedule never begins",
+                    do=f"give {stream} a learning rate, or declare it frozen (streams.{stream}.frozen=true)",
+                    confirm="this line clears, and its update is above 0",
+                    strength=1.0 if base or since >= self.share * total or since >= 50 else 0.0,
+                    evidence={keys.LEARNING_RATE: 0.0, "steps": float(since)},
+                    severity=None if known and (base or since >= self.share * total) else Severity.info,
+                )
+
+
+@dataclass(frozen=True)
+class Decay(Rule):
+    """DECAY: learning rate x weight decay takes more than `most` of the weights away in every step: what gradients
+    build is gone within a few dozen steps. Usual settings are 1e-7 to 1e-3 (SGD 0.1 x 5e-4, AdamW 1e-3 x 0.1)."""
+
+    id: ClassVar[str] = "DECAY"
+    kind: ClassVar[Kind] = Kind.configuration
+    requires: ClassVar[tuple[str, ...]] = ("optimizer",)
+
+    most: float = 0.01
+    """Ten times the largest of the usual settings: weights halve in 69 steps."""
+
+    def check(self, view: View) -> Iterator[Signal]:
+        for number, stream in enumerate(view.now.streams):
+            said = [(rank.lr[number], rank.weight_decay[number]) for rank in view.now.rank_facts]
+            if not said or view.meant_frozen(stream):
+                continue
+            lr, decay = said[0]
+            if not lr * decay > QUIET * self.most:
+                continue
+            old = decay
+            new = float(f"{1 / (lr * (view.intent.total_steps or 10_000)):.1g}")
+            yield Signal(
+                stream if stream != keys.SHARED else None,
+                seen=f"{stream}: weight decay {old:g} at learning rate {lr:g} takes {lr * decay:.1%} of it a step",
+                likely="a weight decay of another optimizer's convention, or off by powers of ten",
+                do=f"weight_decay {old:g} -> {new:g} (a fall by 1/e over the training; untested on your data)",
+                confirm="its weight norm stops falling",
+                strength=lr * decay / self.most,
+                evidence={
+                    keys.LEARNING_RATE: lr,
+                    keys.WEIGHT_DECAY: decay,
+                    "share": lr * decay,
+                    "threshold": self.most,
+                },
+                action=Action(keys.WEIGHT_DECAY, stream, value=new, old=old),
+            )
+
+
+@dataclass(frozen=True)
+class Initial(Rule):
+    """INIT: the weights of a stream without norm layers are drawn at another scale than any usual initialisation.
+
+    The root mean square of w x sqrt(fan-in) is 0.58 in PyTorch's default, 1 in LeCun's, 1.41 in He's, 1.7 in an
+    orthogonal one for tanh; a factor of two beyond is left to both sides, and depth makes a power of what is beyond.
+    Where norm layers are, the scale of what is before them does not matter. Weights that were trained stay within."""
+
+    id: ClassVar[str] = "INIT"
+    kind: ClassVar[Kind] = Kind.configuration
+
+    least: float = 0.03
+    """A twentieth of the default: rules.md, INI."""
+    most: float = 3.0
+    """Twice He's: rules.md, INI."""
+    until: int = 1000
+    """Measured steps for which the start is worth a word."""
+
+    def check(self, view: View) -> Iterator[Signal]:
+        if view.memory.count > self.until:
+            return
+        for stream in view.streams:
+            setup = view.setup.streams[stream]
+            if setup.norm or not setup.scale > 0 or not setup.trainable or view.meant_frozen(stream):
+                continue
+            small = setup.scale < self.least
+            if self.least < setup.scale < self.most:
+                continue
+            yield Signal(
+                stream,
+                seen=f"{stream}: the scale of its weights, w x sqrt(fan-in), is {setup.scale:.2g} at the start",
+                likely="an initialisation by the wrong fan, or a factor too many",
+                do=f"initialise {stream} anew (PyTorch's default has 0.58, He's 1.41)",
+                confirm="the scale is between 0.1 and 2 at the next start",
+                strength=max(setup.scale / self.most, self.least / setup.scale),
+                evidence={"scale": setup.scale, "threshold": self.least if small else self.most},
+            )
+
+
+@dataclass(frozen=True)
+class NoGradient(Rule):
+    """DET: no parameter of a stream has a gradient, `hold` measured steps in a row, although it is to be trained.
+    Batches without the stream's modality are legal: where it has come and gone, it has to last four times longer."""
+
+    id: ClassVar[str] = "DET"
+    severity: ClassVar[Severity] = Severity.error
+    intermittent: ClassVar[bool] = True
+    preflight: ClassVar[bool] = True
+
+    hold: int = 4
+    """rules.md, DET: 5, and so it is where the stream was never alive for long (`fresh`)."""
+    fresh: int = 20
+    """Steps with a gradient, after which it is known not to be missing often."""
+
+    def check(self, view: View) -> Iterator[Signal]:
+        for stream in view.streams:
+            of = view.now.streams[stream]
+            if of.elements or not _takes_part(view, stream) or not view.setup.streams[stream].tensors:
+                continue
+            calls = [given.calls for given in view.inputs(stream).values()]
+            used = "it is called, and detached from the loss" if any(calls) else "it is not called, or detached"
+            yield Signal(
+                stream,
+                seen=f"{stream}: no gradients for {self.hold} steps",
+                likely=f"{used}; or gradients are cleared before they are measured",
+                do=f"look for .detach() or no_grad() after {stream}; if it is optional, declare it auxiliary",
+                confirm="this line clears",
+                evidence={"elements": 0.0},
+                patience=int(view.memory.alive.get(stream, 0) < self.fresh),
+            )
+
+
+@dataclass(frozen=True)
+class Dead(Rule):
+    """DEAD: every gradient of a stream is exactly zero, `hold` measured steps in a row, at a learning rate above zero.
+    A gate that starts at zero opens after a step; batches without the stream are legal, as for DET."""
+
+    id: ClassVar[str] = "DEAD"
+    outcome: ClassVar[bool] = True
+    severity: ClassVar[Severity] = Severity.error
+    intermittent: ClassVar[bool] = True
+    preflight: ClassVar[bool] = True
+
+    hold: int = 4
+    """rules.md, DEAD: 5, and so it is where the stream was never alive for long (`fresh`)."""
+    fresh: int = 20
+    """Steps with a gradient, after which it is known not to be missing often."""
+
+    def check(self, view: View) -> Iterator[Signal]:
+        for stream in view.streams:
+            of = view.now.streams[stream]
+            zero = of.elements > 0 and of.grad_max == 0 and of.grad_norm == 0 and not of.nonfinite
+            if not zero or not _takes_part(view, stream) or view.lr(keys.SHARED) == 0:
+                continue
+            yield Signal(
+                stream,
+                seen=f"{stream}: every gradient is exactly zero for {self.hold} steps",
+                likely="dead activations, a fusion weight of zero that cannot move, or an empty input",
+                do=f"look at {stream}'s biases, its weight in the fusion, and its input; initialise it anew",
+                confirm="this line clears",
+                evidence={"elements": float(of.elements), "norm": 0.0},
+                patience=int(view.memory.alive.get(stream, 0) < self.fresh),
+            )
+
+
+def _takes_part(view: View, stream: str) -> bool:
+    """Whether the stream is to learn from this step: trained, not optional, and not said to be absent."""
+    present = view.now.scalars.get(keys.of_stream(stream, keys.PRESENT))
+    absent = present is not None and present.mean == 0
+    return view.trained(stream) and stream not in view.intent.auxiliary and not absent
+
+
+@dataclass(frozen=True)
+class Unchanged(Rule):
+    """UNC: not one of a stream's sampled weights changed in a step, though it has gradients and a learning rate above
+    zero, `hold` steps in a row. Steps that a GradScaler skipped do not count. No threshold: but an update may be lost
+    to rounding, which is the other thing that it says."""
+
+    id: ClassVar[str] = "UNC"
+    outcome: ClassVar[bool] = True
+    severity: ClassVar[Severity] = Severity.error
+    requires: ClassVar[tuple[str, ...]] = ("optimizer", "samples of weights", "consecutive steps")
+    preflight: ClassVar[bool] = True
+
+    hold: int = 5
+
+    def check(self, view: View) -> Iterator[Signal]:
+        if len(view.steps) < 2:
+            return
+        before = view.steps[-2]
+        skipped = before.scaled and any(of.nonfinite for of in before.streams.values())
+        if skipped:
+            return
+        yield from together(view, self._of_streams(view), lambda: self._signal(None, view))
+
+    def _of_streams(self, view: View) -> Iterator[Signal]:
+        for stream in view.streams:
+            sample, before = view.sample(stream), view.steps[-2].streams[stream]
+            if sample is None or not sample.optimized or not view.trained(stream) or not view.lr(stream) > 0:
+                continue
+            rates = [rank.lr[view.number(stream)] for rank in view.steps[-2].rank_facts]
+            if sample.moved == 0 and before.grad_norm > 0 and rates and min(rates) > 0:
+                yield self._signal(stream, view)
+
+    def _signal(self, stream: str | None, view: View) -> Signal:
+        low = any(view.setup.streams[name].low_precision for name in ([stream] if stream else view.streams))
+        rate = view.lr(stream or view.streams[0])
+        return Signal(
+            stream,
+            seen=f"{stream or 'all streams'}: no weight has changed for {self.hold} steps, at learning rate {rate:g}",
+            likely="updates are lost to rounding in 16-bit weights"
+            if low
+            else "optimizer.step() does not reach them, or the update is below the weights' rounding",
+            do="keep float32 master weights" if low else "call optimizer.step() for the optimizer that holds them",
+            confirm="weights change in the next step",
+            evidence={keys.LEARNING_RATE: rate, "moved": 0.0},
+        )
+
+
+@dataclass(frozen=True)
+class NotCleared(Rule):
+    """ZGR: when the first gradient of a step arrives, the one of the step before is still there, `hold` measured steps
+    in a row: seen by a hook that runs before autograd adds. Later backward passes of a step add up rightly, so neither
+    accumulation nor a second loss matters; parameters in no optimizer are nobody's to clear. No threshold."""
+
+    id: ClassVar[str] = "ZGR"
+    destabilises: ClassVar[bool] = True
+    severity: ClassVar[Severity] = Severity.error
+    requires: ClassVar[tuple[str, ...]] = ("optimizer", "samples of weights")
+
+    hold: int = 4
+
+    def check(self, view: View) -> Iterable[Signal]:
+        found = [
+            stream
+            for stream in view.streams
+            if (sample := view.sample(stream)) is not None and sample.uncleared > 0 and sample.optimized > 0
+        ]
+        trained = [stream for stream in view.streams if view.trained(stream)]
+        whole = bool(found) and set(found) >= set(trained)
+        named: list[str | None] = [None] if whole else [*found]
+        for stream in named:
+            yield Signal(
+                stream,
+                seen=f"{stream or 'all streams'}: gradients of the step before are still there when a step begins",
+                likely="optimizer.zero_grad() is missing, or comes after backward()",
+                do="call optimizer.zero_grad() before the first backward() of a step",
+                confirm="this line clears",
+                evidence={"steps": float(self.hold)},
+            )
+
+
+@dataclass(frozen=True)
+class LeftInEval(Rule):
+    """MODE of all: the model is in eval mode on every rank while it trains, and has modules that then do something
+    else, or all of these were in training mode before and are no longer. Where they never were (norm layers that are
+    kept frozen), information."""
+
+    id: ClassVar[str] = "EVAL"
+    requires: ClassVar[tuple[str, ...]] = ("eval modules",)
+    preflight: ClassVar[bool] = True
+
+    hold: int = 3
+    """rules.md, MOD."""
+
+    def check(self, view: View) -> Iterator[Signal]:
+        modes = [rank.training for rank in view.now.rank_facts]
+        if view.intent.eval_modules or not modes:
+            return
+        inside = [detail.in_eval for detail in view.details.values()]
+        all_inside = bool(inside) and min(inside) == 1
+        whole = (not any(modes) and (not inside or min(inside) > 0)) or (all_inside and view.memory.trained_mode)
+        if not whole and not all_inside:
+            return
+        yield Signal(
+            seen="the model trains in eval mode" if whole else "all dropout and batch norm modules are in eval mode",
+            likely="model.train() is missing after an evaluation" if whole else "they are frozen on purpose",
+            do="call model.train() at the start of every epoch" if whole else "nothing, if it is meant",
+            confirm="this line clears",
+            evidence={"training": 0.0 if whole else 1.0},
+            severity=None if whole else Severity.info,
+        )
+
+
+@dataclass(frozen=True)
+class NegativeLoss(Rule):
+    """NEG: the loss of a declared classification is below zero, which no cross-entropy is. Rounding bound 1e-6."""
+
+    id: ClassVar[str] = "NEG"
+    destabilises: ClassVar[bool] = True
+    severity: ClassVar[Severity] = Severity.error
+    requires: ClassVar[tuple[str, ...]] = ("loss", "classification")
+
+    hold: int = 3
+
+    def check(self, view: View) -> Iterator[Signal]:
+        loss = view.now.scalars["loss"].mean
+        if loss < -1e-6:
+            yield Signal(
+                seen=f"the loss is {loss:.3g}, and a cross-entropy is never below 0",
+                likely="a sign, or a weight below zero, in the loss",
+                do="look at the loss's sign and at its class weights",
+                confirm="the loss stays above 0",
+                evidence={"loss": loss},
+            )
+
+
+RULES: tuple[Rule, ...] = (
+    NonFinite(),
+    Frozen(),
+    NotOptimized(),
+    Rates(),
+    ZeroRate(),
+    Decay(),
+    Initial(),
+    NoGradient(),
+    Dead(),
+    Unchanged(),
+    NotCleared(),
+    LeftInEval(),
+    NegativeLoss(),
+)

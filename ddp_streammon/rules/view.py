@@ -1,0 +1,265 @@
+"""What the evidence rules may look at: a window of measured steps, what is remembered of earlier ones, the set-up and
+what was declared."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ddp_streammon import keys
+from ddp_streammon.config import Intent
+from ddp_streammon.described import Setup
+from ddp_streammon.ranks import RankDetail, RankFacts, StreamInput
+from ddp_streammon.stats import Sample, StepStats
+
+WINDOW = 128
+"""Measured steps that rules can look back."""
+START = 5
+"""Measured steps after which the start is taken to be over (rules.md: "w[s, step 5]")."""
+JUMP = 5.0
+"""A smaller factor between two steps' learning rates is no jump (half of what trainpulse calls one)."""
+BATCHES = 65_536
+"""Batches that are remembered, to see whether their order comes back."""
+
+
+@dataclass
+class Memory:
+    """What is remembered of the steps before the window: few numbers, equal on every rank."""
+
+    count: int = 0
+    """Measured steps so far."""
+    losses: list[float] = field(default_factory=list)
+    """Of the first `START` steps."""
+    best_loss: float = math.inf
+    """Lowest mean of 10 losses in a row."""
+    recent: list[float] = field(default_factory=list)
+    peak_lr: dict[str, float] = field(default_factory=dict)
+    """Of each stream, the largest learning rate before the present step."""
+    last_lr: dict[str, float] = field(default_factory=dict)
+    jumps: dict[str, tuple[int, float, float, float]] = field(default_factory=dict)
+    """Of each stream, the last time that its learning rate was multiplied by `JUMP` or more: the count, the rate before
+    and after, and its peak before."""
+    start_grad: dict[str, float] = field(default_factory=dict)
+    """Of each stream, the sum of its gradient's norms in the first `START` steps."""
+    trained_mode: bool = False
+    """Whether dropout or batch norm modules were in training mode in a step, on every rank."""
+    start_weight: dict[str, float] = field(default_factory=dict)
+    """Of each stream, the norm of its sampled weights at step `START`."""
+    frozen: list[str] = field(default_factory=list)
+    """Streams of which it was said meanwhile that they are no longer trained."""
+    alive: dict[str, int] = field(default_factory=dict)
+    """Of each stream, the steps in which it had a gradient other than zero."""
+    low_lr: dict[str, int] = field(default_factory=dict)
+    """Of each stream, the steps in a row with a learning rate of zero since the first one; -1 once it was not zero."""
+    batches: dict[float, int] = field(default_factory=dict)
+    """Number of a batch of the first rank heard -> the count at which it came last."""
+    lag: int = 0
+    """How many steps ago the present batch came before."""
+    lag_held: int = 0
+    """Steps in a row with the same lag."""
+
+    def take(self, stats: StepStats) -> None:
+        """A measured step, which becomes the present one."""
+        self.count += 1
+        loss = stats.scalars.get("loss")
+        if loss is not None and math.isfinite(loss.mean):
+            if len(self.losses) < START:
+                self.losses.append(loss.mean)
+            self.recent = [*self.recent[-9:], loss.mean]
+            if len(self.recent) == 10:
+                self.best_loss = min(self.best_loss, statistics.fmean(self.recent))
+        for number, (name, stream) in enumerate(stats.streams.items()):
+            if name in self.last_lr:
+                self.peak_lr[name] = max(self.peak_lr.get(name, 0.0), self.last_lr[name])
+            rates = [rank.lr[number] for rank in stats.rank_facts if number < len(rank.lr)]
+            if rates and not any(map(math.isnan, rates)):
+                rate = rates[0] if len(rates) == 1 else statistics.median_low(rates)
+                before = self.last_lr.get(name, 0.0)
+                if before > 0 and rate >= JUMP * before:
+                    self.jumps[name] = (self.count, before, rate, self.peak_lr.get(name, 0.0))
+                self.last_lr[name] = rate
+                so_far = self.low_lr.get(name, 0)
+                self.low_lr[name] = so_far + 1 if rate == 0 and so_far >= 0 else -1
+            if stream.grad_norm > 0:
+                self.alive[name] = self.alive.get(name, 0) + 1
+            if self.count <= START and stream.grad_norm > 0:
+                self.start_grad[name] = self.start_grad.get(name, 0.0) + stream.grad_norm
+            if stream.sample is not None and self.count <= START:
+                self.start_weight[name] = stream.sample.weight
+        inside = [rank.detail.in_eval for rank in stats.rank_facts if rank.detail is not None]
+        self.trained_mode = self.trained_mode or (bool(inside) and max(inside) < 1)
+        self._follow_batches(stats)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values; the batches' order is looked for anew."""
+        return {**asdict(self), "batches": {}, "lag": 0, "lag_held": 0}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Memory:
+        """The inverse of `state_dict`."""
+        memory = cls()
+        for name, value in state.items():
+            setattr(memory, name, dict(value) if isinstance(value, Mapping) else value)
+        memory.jumps = {name: (int(jump[0]), *map(float, jump[1:])) for name, jump in memory.jumps.items()}  # type: ignore[misc]
+        return memory
+
+    def _follow_batches(self, stats: StepStats) -> None:
+        first = next((rank for rank in stats.rank_facts if rank.rank == 0), None)
+        batch = math.nan if first is None or first.detail is None else first.detail.batch
+        if math.isnan(batch):
+            return
+        lag = self.count - self.batches[batch] if batch in self.batches else 0
+        self.lag_held = self.lag_held + 1 if lag and lag == self.lag else int(lag > 0)
+        self.lag = lag
+        if len(self.batches) >= BATCHES:
+            self.batches.clear()
+        self.batches[batch] = self.count
+
+
+@dataclass(frozen=True)
+class View:
+    """What a rule sees at one measured step."""
+
+    steps: tuple[StepStats, ...]
+    """The last `WINDOW` measured ones, the present one last."""
+    memory: Memory
+    setup: Setup
+    intent: Intent
+
+    @property
+    def now(self) -> StepStats:
+        return self.steps[-1]
+
+    @cached_property
+    def streams(self) -> tuple[str, ...]:
+        """The user's streams, without `shared`."""
+        return tuple(name for name in self.now.streams if name != keys.SHARED)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.now.streams)}
+
+    def number(self, stream: str) -> int:
+        """Its place among all streams."""
+        return self._numbers[stream]
+
+    def sample(self, stream: str) -> Sample | None:
+        return self.now.streams[stream].sample
+
+    @cached_property
+    def details(self) -> dict[int, RankDetail]:
+        """What each rank that was heard says for itself."""
+        return {rank.rank: rank.detail for rank in self.now.rank_facts if rank.detail is not None}
+
+    def inputs(self, stream: str) -> dict[int, StreamInput]:
+        """Of each rank that was heard and has called the stream: its inputs."""
+        return self._inputs[stream]
+
+    @cached_property
+    def _inputs(self) -> dict[str, dict[int, StreamInput]]:
+        said = self.details.items()
+        return {
+            name: {rank: of.inputs[number] for rank, of in said if of.inputs[number].calls > 0}
+            for name, number in self._numbers.items()
+        }
+
+    def lr(self, stream: str) -> float:
+        """The learning rate of most ranks; nan where it is not known."""
+        return self.memory.last_lr.get(stream, math.nan)
+
+    def meant_frozen(self, stream: str) -> bool:
+        """Whether it was declared that the stream is not trained now."""
+        begins = self.intent.frozen_from.get(stream)
+        told = (*(self.intent.frozen or ()), *self.memory.frozen)
+        return stream in told or (begins is not None and self.now.step >= begins)
+
+    def trained(self, stream: str) -> bool:
+        """Whether the stream is to learn now: not declared frozen, it has trainable tensors, and a learning rate."""
+        sample = self.sample(stream)
+        trainable = sample.trainable if sample is not None else float(self.setup.streams[stream].trainable)
+        return not self.meant_frozen(stream) and trainable > 0 and self.lr(stream) != 0
+
+    def series(self, figure: Callable[[StepStats], float], count: int = WINDOW) -> list[float]:
+        """The finite values of a figure over the last `count` measured steps."""
+        values = (figure(step) for step in self.steps[-count:])
+        return [value for value in values if math.isfinite(value)]
+
+    def median(self, figure: Callable[[StepStats], float], count: int, least: int = 1) -> float:
+        """The median of a figure over the last `count` measured steps; nan with fewer than `least` values."""
+        values = self.series(figure, count)
+        return statistics.median(values) if len(values) >= least else math.nan
+
+    def losses(self, count: int) -> list[float]:
+        """The mean loss over ranks in the last measured steps."""
+        return self.series(lambda step: step.scalars["loss"].mean if "loss" in step.scalars else math.nan, count)
+
+    def of_rank(self, rank: int, figure: Callable[[RankFacts], float], count: int) -> list[float]:
+        """The finite values of a figure of one rank over the last `count` measured steps."""
+        facts = (next((of for of in step.rank_facts if of.rank == rank), None) for step in self.steps[-count:])
+        return [value for value in (figure(of) for of in facts if of is not None) if math.isfinite(value)]
+
+    def missing(self, requires: Sequence[str]) -> str:
+        """Why a rule that requires these cannot be evaluated; empty if it can."""
+        for name in requires:
+            if name not in self._unmet:
+                self._unmet[name] = REQUIREMENTS[name](self)
+            if self._unmet[name]:
+                return self._unmet[name]
+        return ""
+
+    @cached_property
+    def _unmet(self) -> dict[str, str]:
+        """Requirement -> why it is not met, of those that were asked for."""
+        return {}
+
+    def ranks(self) -> Iterator[int]:
+        """The ranks that were heard."""
+        return (rank.rank for rank in self.now.rank_facts)
+
+
+REQUIREMENTS: dict[str, Callable[[View], str]] = {
+    "data ranks": lambda v: "" if v.setup.data_ranks > 1 and len(v.now.rank_facts) > 1 else "one rank sees all data",
+    "replicas": lambda v: "" if v.setup.replicated and v.setup.world > 1 else "no rank holds what another one holds",
+    "no model peers": lambda v: (
+        "" if v.setup.data_ranks == v.setup.world else "some ranks see the same data on purpose"
+    ),
+    "optimizer": lambda v: "" if v.setup.optimizers else "no optimizer is known: pass it to the monitor",
+    "loss": lambda v: "" if "loss" in v.now.scalars else "no loss is given to monitor.step",
+    "samples": lambda v: "" if "samples" in v.now.scalars else "no samples are given to monitor.step",
+    "inputs": lambda v: "" if _inputs_seen(v) else "no stream's inputs can be seen (no module of its own, or compiled)",
+    "samples of weights": lambda v: "" if _sampled(v) else "weights are not sampled",
+    "consecutive steps": lambda v: "" if len(v.steps) < 2 or _moved(v) else "no two calls in a row were measured yet",
+    "classification": lambda v: "" if v.intent.classes else "not declared as classification (intent.classes)",
+    "clipping": lambda v: "" if v.intent.clip_norm else "no clipping is declared (intent.clip_norm)",
+    "length": lambda v: (
+        "" if v.intent.total_steps else "the length of the training is not declared (intent.total_steps)"
+    ),
+    "eval modules": lambda v: "" if v.setup.moded else "no module does something else in eval mode",
+    "two streams": lambda v: "" if len(v.streams) > 1 else "there is one stream",
+    "intent": lambda v: (
+        "" if v.intent.frozen is not None else "nothing is declared about frozen streams (intent.frozen)"
+    ),
+    "rates": lambda v: "" if v.intent.lr else "no learning rates are declared (intent.lr)",
+    "local gradients": lambda v: "" if v.now.local else "local gradients are not measured (local_gradients=True)",
+}
+"""Name -> why it is not met; empty where it is."""
+
+
+def _sampled(view: View) -> bool:
+    return any(stream.sample is not None for stream in view.now.streams.values())
+
+
+def _moved(view: View) -> bool:
+    return any(
+        stream.sample is not None and not math.isnan(stream.sample.update)
+        for step in view.steps[-2:]
+        for stream in step.streams.values()
+    )
+
+
+def _inputs_seen(view: View) -> bool:
+    return any(given.calls > 0 for detail in view.details.values() for given in detail.inputs)
