@@ -50,6 +50,28 @@ SPLIT_FIGURES = (TRAIN_ACC, VAL_ACC, TRAIN_LOSS, VAL_LOSS)
 OVERFIT_FIGURES = (*SPLIT_FIGURES, ACC_GAP, LOSS_GAP, OVERFITTING_SCORE)
 FULL_MODEL_LOSS_GAP, FULL_MODEL_ACC_GAP = "full_model_loss_gap", "full_model_acc_gap"
 
+USES = "uses"
+"""How much the loss rises when a stream's input is exchanged with another item's."""
+ABLATED = "ablated"
+"""How much the loss rises when a stream's features are replaced by their mean over training items."""
+ALONE = "alone"
+"""With the features of all other streams replaced by their mean."""
+COVER = "cover"
+"""What exchanging two streams costs beyond exchanging the one and the other: above 0 each covers for the other."""
+SHAPLEY = "shapley"
+KNOWS, KNOWS_SCORE = "knows", "knows_score"
+"""What a ridge probe of the features scores beyond the majority class (or the mean), and what it scores."""
+COMPLEMENT = "complement"
+"""The probe of all streams less that of all others."""
+HEAD_GAP = "head_gap"
+"""The probe of all streams less the model."""
+LAZINESS = "laziness"
+"""The probe of the features of models trained on the stream alone less that of its features in this model."""
+ENSEMBLE_GAP = "ensemble_gap"
+"""The accuracy of models of one stream each, averaged, less the model's."""
+LOW, HIGH, DETECTABLE = "low", "high", "detectable"
+"""Bounds of a figure's 95 % interval; the effect that is seen with 80 % power."""
+
 FULL_MODEL, ONLY, FEATURE_NORM = "full_model", "only", "feature_norm"
 
 LEARNING_RATE, WEIGHT_DECAY = "lr", "weight_decay"
@@ -88,6 +110,21 @@ def weight_ratio(a: str, b: str, streams: Sequence[str]) -> str:
     return WEIGHT_NORM_RATIO if len(streams) == 2 else f"{a}_to_{b}_{WEIGHT_NORM_RATIO}"
 
 
+def shown(figure: str) -> str:
+    """What a mean of a score's figure is called: of `correct` it is an accuracy, `acc`."""
+    return "acc" if figure == "correct" else figure
+
+
+def bound(key: str, which: str) -> str:
+    """`bound("rgb_val_uses", LOW)` is `rgb_val_uses_low`."""
+    return f"{key}_{which}"
+
+
+def cover(a: str, b: str, split: str) -> str:
+    """How far streams a and b cover for each other."""
+    return f"{a}_to_{b}_{split}_{COVER}"
+
+
 def overfit_ratio(a: str, b: str) -> str:
     """Overfitting score of a over b's."""
     return f"{a}_vs_{b}_overfit_ratio"
@@ -116,13 +153,20 @@ def parse(key: str, streams: Iterable[str]) -> Parts:
 
 
 def grouped(key: str, streams: Iterable[str]) -> str:
-    """The key under which a grouping sink shows the value: streams of one figure side by side.
+    """The key under which a grouping sink shows the value: streams of one figure side by side, each with its bounds.
 
-    `rgb_grad_norm` -> `grad_norm/rgb`, `rgb_to_depth_ratio` -> `ratio/rgb_to_depth_ratio`, `loss` -> `train/loss`.
+    `rgb_grad_norm` -> `grad_norm/rgb`, `rgb_val_uses_low` -> `val_uses/rgb_low`, `rgb_to_depth_ratio` ->
+    `ratio/rgb_to_depth_ratio`, `loss` -> `train/loss`.
     """
     parts = parse(key, streams)
+    figure, _, which = parts.figure.rpartition("_")
+    if which in (LOW, HIGH, DETECTABLE):
+        inner = figure if parts.stream is None else of_stream(parts.stream, figure)
+        return bound(grouped(inner, streams), which)
     if parts.stream is not None:
         return f"{parts.figure}/{parts.stream}"
+    if key.endswith(f"_{COVER}"):
+        return f"{COVER}/{key}"
     if key.endswith("_ratio"):
         return f"ratio/{key}"
     return key if "/" in key else f"train/{key}"
