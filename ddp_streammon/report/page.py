@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from html import escape
@@ -165,11 +166,17 @@ def _row(told: Told, story: Story) -> str:
         ("rank", escape("" if found.get("rank") is None else str(found["rank"]))),
         ("what", f"<p>{escape(plain(found['finding']))}</p>{advice}"),
         ("evidence", evidence),
-        ("override", f"<code>{escape(override(found, story))}</code>" if found.get("action") else ""),
+        ("override", _code(override(found, story))),
     )
     return (
         f'<tr class="{told.severity}">' + "".join(f'<td data-h="{head}">{cell}</td>' for head, cell in cells) + "</tr>"
     )
+
+
+def _code(text: str) -> str:
+    """Source text that may break after its dots and equal signs."""
+    breakable = re.sub(r"([.=])", r"\1<wbr>", escape(text))
+    return f"<code>{breakable}</code>" if text else ""
 
 
 def override(found: Mapping[str, Any], story: Story) -> str:

@@ -184,9 +184,9 @@ def _times(value: float | None, usual: float) -> int | None:
 
 
 def _rules_of(story: Story, stream: str | None, rank: int) -> list[str]:
-    """The alarms that name this rank, and this stream or none."""
+    """The alarms that name this rank, and this stream (or none, where the figure is of none)."""
     alarms = [told.latest for told in story.findings.values() if told.is_alarm]
-    named = (found for found in alarms if found.get("rank") == rank and found.get("stream") in (stream, None))
+    named = (found for found in alarms if found.get("rank") == rank and found.get("stream") == stream)
     return sorted({str(found.get("rule")) for found in named})
 
 
