@@ -252,10 +252,13 @@
       const colour = paint(row.c);
       const bounds = row.low === undefined || row.high === undefined ? "" : ` [${number(row.low)}, ${number(row.high)}]`;
       const label = add(svg, "text", { x: 4, y: y - 9, class: "row" });
-      add(label, "tspan", { style: `fill: ${colour}; font-weight: 600` }, row.name);
-      add(label, "tspan", {}, ` ${row.label}  `);
-      add(label, "tspan", { style: `fill: ${paint("text")}; font-weight: 600` }, number(row.value));
-      add(label, "tspan", {}, bounds);
+      const name = row.name.length > 16 ? `${row.name.slice(0, 15)}…` : row.name;
+      add(label, "tspan", { style: `fill: ${colour}; font-weight: 600` }, name);
+      add(label, "tspan", {}, ` ${row.label}`);
+      add(label, "title", {}, row.name);
+      const figures = add(svg, "text", { x: width - 4, y: y - 9, "text-anchor": "end" });
+      add(figures, "tspan", { style: `fill: ${paint("text")}; font-weight: 600` }, number(row.value));
+      add(figures, "tspan", {}, bounds);
       if (bounds) {
         add(svg, "line", { x1: x(row.low), x2: x(row.high), y1: y, y2: y, stroke: colour, "stroke-width": 3, opacity: 0.5, class: "whisker" });
       }

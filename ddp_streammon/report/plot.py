@@ -41,11 +41,11 @@ def plot_history(monitor: Watched) -> Figure:
 def plot(history: History, streams: Sequence[str]) -> Figure:
     """`plot_history` of a History by itself."""
     panels = []
-    for title, figure in _PANELS:
-        logged = {name: keys.of_stream(name, figure) for name in streams if keys.of_stream(name, figure) in history}
+    for title, name in _PANELS:
+        logged = {stream: key for stream in streams if (key := keys.of_stream(stream, name)) in history}
         panels += [(title, logged)] if logged else []
     if not panels:
-        wanted = ", ".join(figure for _, figure in _PANELS)
+        wanted = ", ".join(name for _, name in _PANELS)
         raise ValueError(f"nothing to plot: no stream of {', '.join(streams) or 'none'} has one of {wanted} yet")
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
     for number, (title, logged) in enumerate(panels, start=1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,6 @@ class Story:
     """Seconds a step, by the times at which records were written."""
     last_step: int = 0
     last_time: float = math.nan
-    _now: dict[str, set[Any]] = field(default_factory=dict)
     _unshown: set[str] = field(default_factory=set)
     _before: tuple[int, float] | None = None
 
@@ -89,7 +88,6 @@ class Story:
             self.runs.append(record)
             self.starts.append(self.last_step)
             self.outcome, self._before = None, None
-            self._now.clear()
         elif kind == "outcome":
             self.outcome = record
         elif kind in ("step", "epoch") and isinstance(step, int):
@@ -162,14 +160,14 @@ class Story:
                     self.findings[key] = Told(found, [[step, step]], kind == "step")
                 continue
             told.latest, told.by_step = found, told.by_step or kind == "step"
-            if key in self._now.get(kind, ()) or len(told.spans) >= MOST_SPANS:
+            if told.stands or len(told.spans) >= MOST_SPANS:
                 told.spans[-1][1] = step
-            elif told.spans[-1][1] != step:
+            else:
                 told.spans.append([step, step])
-        self._now[kind] = set(now)
+            told.stands = True
         for key, told in self.findings.items():
-            if told.by_step == (kind == "step"):
-                told.stands = key in now
+            if key not in now and told.by_step == (kind == "step"):
+                told.stands = False
 
     def by_urgency(self) -> list[Told]:
         """The findings: what stands before what does not, the severe before the rest, causes before consequences."""
@@ -238,8 +236,3 @@ def floats(mapping: Any) -> dict[str, float]:
         return {}
     numbers = {str(key): _number(value) for key, value in mapping.items()}
     return {key: value for key, value in numbers.items() if value is not None}
-
-
-def names(story: Story) -> Iterable[str]:
-    """The user's streams, then `shared`, then the whole model."""
-    return (*story.streams, keys.SHARED, keys.FULL)
