@@ -175,7 +175,7 @@ def _row(told: Told, story: Story) -> str:
 
 def _code(text: str) -> str:
     """Source text that may break after its dots and equal signs."""
-    breakable = re.sub(r"([.=])", r"\1<wbr>", escape(text))
+    breakable = re.sub(r"([a-z_][.]|=)", r"\1<wbr>", escape(text))
     return f"<code>{breakable}</code>" if text else ""
 
 

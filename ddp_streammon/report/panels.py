@@ -24,7 +24,10 @@ def drawing(story: Story) -> dict[str, Any]:
     """What page.js is given. Only pictures that have something to show."""
     streams = story.streams
     curves = (_lines(picture, story) for picture in PICTURES)
-    panels = [_timeline(story), *_whiskers(story), *curves, *_heats(story), _pace(story)]
+    heats = _heats(story)
+    marked = [heat for heat in heats if any(row["rules"] for row in heat["rows"])]
+    others = [heat for heat in heats if heat not in marked]
+    panels = [_timeline(story), *marked, *_whiskers(story), *curves, *others, _pace(story)]
     own = [key for key in story.curves if key != "loss" and is_own(key, streams) and keys.rank_of(key) is None]
     mine = [
         _lines(Picture(key, "", "A number of your own.", (Line(key, "", "none"),)), story) for key in own[:USER_NUMBERS]
