@@ -198,6 +198,11 @@ def test_the_verdict_is_one_line(records: list[dict[str, Any]], level: str, head
     assert "healthy" not in said.headline
 
 
+def test_the_verdict_says_that_an_alarm_is_over() -> None:
+    said = verdict(story_of(run_record(), step_record(4, {}, [OUTLIER]), step_record(5, {}), outcome_record()))
+    assert said.level == "warning" and said.detail == "It stood until step 4. 1 warning. Ended at step 5."
+
+
 def test_pictures_are_drawn_of_what_there_is_and_of_nothing_else() -> None:
     (loss,) = panels(story_of(run_record(), step_record(1, {"loss": 1.0, "samples": 4, "rgb_params": 3}))).values()
     assert loss["title"] == "Loss of the whole model" and [line["name"] for line in loss["lines"]] == ["each step"]

@@ -28,7 +28,8 @@ def verdict(story: Story) -> Verdict:
     if alarms:
         worst = max(alarms, key=lambda told: Severity(told.severity).level)
         sentence = plain(worst.latest["finding"])
-        return Verdict(worst.severity, f"{worst.latest.get('rule')}: {sentence}", f"{rest}. {ended}")
+        over = "" if worst.stands else f"It stood until step {worst.spans[-1][1]:,}. "
+        return Verdict(worst.severity, f"{worst.latest.get('rule')}: {sentence}", f"{over}{rest}. {ended}")
     if story.outcome is not None and story.outcome.get("exit_code"):
         return Verdict("error", f"The run failed; {_clear(story)}", f"{rest}. {ended}" if rest else ended)
     if not story.last_step:

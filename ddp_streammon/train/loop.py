@@ -41,7 +41,7 @@ class Result:
     findings: tuple[Finding, ...] = ()
     """What stood at the end."""
     records: Mapping[str, str] = field(default_factory=dict)
-    """What was written, and where: `JSONL file`, `report`, `W&B run`."""
+    """What was written, and where: `JSONL file`, `W&B run`."""
 
 
 def run(config: AppConfig, data: StreamData, model: nn.Module, run_dir: Path, settings: Mapping[str, Any]) -> Result:
