@@ -92,6 +92,12 @@ def of_rank(stream: str, figure: str, rank: int) -> str:
     return f"{of_stream(stream, figure)}_rank{rank}"
 
 
+def rank_of(key: str) -> tuple[str, int] | None:
+    """The inverse of `of_rank`: ("rgb_local_grad_norm", 3); None for a key that is no rank's."""
+    figure, found, rank = key.rpartition("_rank")
+    return (figure, int(rank)) if found and rank.isdecimal() and figure.endswith(LOCAL_NORM) else None
+
+
 def pairs(streams: Iterable[str]) -> list[tuple[str, str]]:
     """Every two streams once, in their order; `shared` is nobody's partner."""
     return list(combinations([name for name in streams if name != SHARED], 2))

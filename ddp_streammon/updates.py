@@ -82,7 +82,8 @@ class Updates:
 
     def _compare(self) -> None:
         before = self._read(Tensor.detach)[:, SQ_SUM]
-        torch._foreach_sub_(self._copies, self._weights())
+        if self._copies:
+            torch._foreach_sub_(self._copies, self._weights())
         self._table = torch.stack([self._read(Tensor.detach)[:, SQ_SUM], before], dim=1)
 
 

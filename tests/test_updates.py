@@ -192,6 +192,24 @@ def test_a_frozen_stream_is_not_changed() -> None:
     assert min(answer.history["rgb"].values()) > (0.0, 0.0)
 
 
+def updates_of_a_tiny_model() -> list[float]:
+    model = DistributedDataParallel(nn.ModuleDict({"one": nn.Linear(2, 1)}))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = StreamMonitor(model, optimizer, {"one": "one"}, config=MonitorConfig(update_every=1))
+    for _ in range(4):
+        optimizer.zero_grad()
+        sum(parameter.sum() for parameter in model.parameters()).backward()
+        monitor.step()
+        optimizer.step()
+    monitor.close()
+    return monitor.history["one_update_norm"]
+
+
+def test_a_rank_that_has_no_share_of_the_weights_has_nothing_to_compare() -> None:
+    one, two = run_ranks(2, updates_of_a_tiny_model)
+    assert one == two == pytest.approx([0.1 * math.sqrt(3)] * 3)
+
+
 def test_without_update_every_nothing_is_kept_and_no_key_appears() -> None:
     model = network()
     answer = alone(model, lambda: loss_of(model, batch()))

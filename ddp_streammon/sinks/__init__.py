@@ -2,6 +2,7 @@
 
 from ddp_streammon.sinks.console import ConsoleSink
 from ddp_streammon.sinks.guard import FanOut, Guarded
+from ddp_streammon.sinks.html import HtmlSink
 from ddp_streammon.sinks.jsonl import JsonlSink, read_jsonl
 from ddp_streammon.sinks.memory import MemorySink
 from ddp_streammon.sinks.wandb import WandbSink, active_wandb_run
@@ -10,6 +11,7 @@ __all__ = [
     "ConsoleSink",
     "FanOut",
     "Guarded",
+    "HtmlSink",
     "JsonlSink",
     "MemorySink",
     "WandbSink",

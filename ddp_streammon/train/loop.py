@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
 from ddp_streammon import keys
+from ddp_streammon.report.page import REPORT
 from ddp_streammon.rules.finding import Finding
 from ddp_streammon.sinks.guard import EXIT_SECONDS
 from ddp_streammon.train import checkpoint, parallel
@@ -98,9 +99,11 @@ def _run(
 def _records(training: Training) -> dict[str, str]:
     if training.monitor is None or training.rank != 0:
         return {}
-    jsonl = {"JSONL file": str(training.run_dir / JSONL)} if training.config.sinks.jsonl.enabled else {}
+    files = {"JSONL file": str(training.run_dir / JSONL)} if training.config.sinks.jsonl.enabled else {}
+    if training.config.sinks.html.enabled:
+        files |= {"report": str(training.run_dir / REPORT)}
     location = training.wandb.location if training.wandb is not None else ""
-    return jsonl | ({"W&B run": location} if location else {})
+    return files | ({"W&B run": location} if location else {})
 
 
 def _train(training: Training) -> None:

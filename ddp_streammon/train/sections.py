@@ -228,6 +228,11 @@ class JsonlSection:
 
 
 @dataclass
+class HtmlSection:
+    enabled: bool = True
+
+
+@dataclass
 class ConsoleSection:
     enabled: bool = True
 
@@ -255,6 +260,7 @@ class SinksSection:
     """Where reports go; on rank 0."""
 
     jsonl: JsonlSection = field(default_factory=JsonlSection)
+    html: HtmlSection = field(default_factory=HtmlSection)
     console: ConsoleSection = field(default_factory=ConsoleSection)
     wandb: WandbSection = field(default_factory=WandbSection)
 

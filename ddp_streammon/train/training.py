@@ -19,7 +19,8 @@ from ddp_streammon.collective import Collective
 from ddp_streammon.config import Intent
 from ddp_streammon.monitor import StreamMonitor
 from ddp_streammon.report import Sink
-from ddp_streammon.sinks import ConsoleSink, FanOut, JsonlSink, WandbSink
+from ddp_streammon.report.page import REPORT
+from ddp_streammon.sinks import ConsoleSink, FanOut, HtmlSink, JsonlSink, WandbSink
 from ddp_streammon.streams import StreamLike, StreamSet, StreamSpec
 from ddp_streammon.train import checkpoint, parallel
 from ddp_streammon.train.config import AppConfig, Precision, StreamSection, check_ranks, intent_of, monitor_config
@@ -196,6 +197,8 @@ def _sinks(config: AppConfig, run_dir: Path, saved: Mapping[str, Any] | None) ->
     if config.sinks.jsonl.enabled:
         monitored = (saved or {}).get("monitor") or {"calls": 0}
         sinks.append(JsonlSink(run_dir / JSONL, resume_step=monitored["calls"]))
+    if config.sinks.html.enabled:
+        sinks.append(HtmlSink(run_dir / REPORT, record=run_dir / JSONL if config.sinks.jsonl.enabled else None))
     if config.sinks.console.enabled:
         sinks.append(ConsoleSink(action_style="hydra"))
     section = config.sinks.wandb

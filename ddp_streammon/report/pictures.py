@@ -1,0 +1,214 @@
+"""What the report draws: which figures make a picture, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ddp_streammon import keys
+
+USER_NUMBERS = 12
+"""Numbers of the user's own that are drawn, at most."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A figure in a picture: one line for each stream that has it."""
+
+    figure: str
+    label: str = ""
+    """What tells it from the picture's other lines of the same stream."""
+    of: str = "streams"
+    """`streams`: each stream's own; `full`: the whole model's; `pairs`: what two cover for each
+    other, the figure being the split; `none`: of no stream."""
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Lines over the steps of the run."""
+
+    title: str
+    unit: str
+    note: str
+    """How to read it, in a sentence."""
+    lines: tuple[Line, ...]
+    log: bool = False
+    zero: bool = False
+    """Whether zero is worth a line of its own."""
+
+
+@dataclass(frozen=True)
+class Whiskers:
+    """The last value of figures of one unit, with intervals, stream by stream."""
+
+    title: str
+    unit: str
+    note: str
+    lines: tuple[Line, ...]
+
+
+def _val(figure: str) -> str:
+    return f"val_{figure}"
+
+
+PICTURES = (
+    Picture(
+        "Loss of the whole model",
+        "nats",
+        "The loss of every step, and of the evaluations. Validation that rises while training falls is overfitting.",
+        (
+            Line("loss", "each step", "none"),
+            Line(keys.TRAIN_LOSS, "training items", "full", dashed=True),
+            Line(keys.VAL_LOSS, "validation", "full"),
+        ),
+    ),
+    Picture(
+        "Accuracy of the whole model",
+        "0 to 1",
+        "Of evaluations. The band is the 95 % interval where one was measured.",
+        (
+            Line(keys.TRAIN_ACC, "training items", "full", dashed=True),
+            Line(keys.VAL_ACC, "validation", "full"),
+        ),
+    ),
+    Picture(
+        "Gradient norm",
+        "L2 norm, averaged gradient before clipping",
+        "Lines that drift apart by orders of magnitude: one stream takes over, or another dies. Logarithmic.",
+        (Line(keys.GRAD_NORM),),
+        log=True,
+    ),
+    Picture(
+        "Share of the gradient",
+        "of the sum of norms",
+        "Who is being trained. A share says nothing of who needs it: small streams are often done early.",
+        (Line(keys.GRAD_SHARE),),
+        zero=True,
+    ),
+    Picture(
+        "Update ratio",
+        "norm of the change / norm of the weights, a step",
+        "How fast the optimizer really moves a stream. About 0.001 is usual, 0 is frozen. Logarithmic.",
+        (Line(keys.UPDATE_RATIO),),
+        log=True,
+    ),
+    Picture(
+        "Weight norm",
+        "L2 norm, without biases",
+        "Growth without end: too high a rate or too little decay. A flat line: nothing is learned.",
+        (Line(keys.WEIGHT_NORM),),
+    ),
+    Picture(
+        "Learning rate",
+        "",
+        "What each stream's parameter group has.",
+        (Line(keys.LEARNING_RATE),),
+        log=True,
+    ),
+    Picture(
+        "What the head uses: loss that an exchanged input costs",
+        "nats",
+        "How much the loss rises when the stream's input is another item's. A band that holds zero: no use is seen.",
+        (Line(_val(keys.USES)),),
+        zero=True,
+    ),
+    Picture(
+        "Loss that mean features cost",
+        "nats",
+        "The second view of use: the stream's features replaced by their mean over training items.",
+        (Line(_val(keys.ABLATED)),),
+        zero=True,
+    ),
+    Picture(
+        "What each stream knows: ridge probe of its features",
+        "score beyond the majority class",
+        "What can be read off the frozen features, whatever the head makes of them. At zero the encoder knows nothing.",
+        (Line(keys.KNOWS),),
+        zero=True,
+    ),
+    Picture(
+        "What only this stream knows, and what the head leaves",
+        "score",
+        "Complement: what the probe of all streams loses without this one. Head gap: what the model loses against it.",
+        (Line(keys.COMPLEMENT, "complement"), Line(keys.HEAD_GAP, "head gap", "full", dashed=True)),
+        zero=True,
+    ),
+    Picture(
+        "Accuracy of each stream alone",
+        "0 to 1",
+        "Through the model's own head: says as much of the head as of the stream. Dashed: training items.",
+        (Line(keys.TRAIN_ACC, "training", dashed=True), Line(keys.VAL_ACC, "validation")),
+    ),
+    Picture(
+        "Loss of each stream alone",
+        "nats",
+        "As above. Dashed: training items; the distance to the solid line is the stream's own overfitting.",
+        (Line(keys.TRAIN_LOSS, "training", dashed=True), Line(keys.VAL_LOSS, "validation")),
+    ),
+    Picture(
+        "Generalisation gap in the loss",
+        "nats, validation less training",
+        "Above zero and growing: overfitting. The whole model's line is the one that counts.",
+        (
+            Line(keys.LOSS_GAP, "alone"),
+            Line(f"{keys.ALONE}_{keys.LOSS_GAP}", "alone, mean features"),
+            Line(keys.LOSS_GAP, "", "full"),
+        ),
+        zero=True,
+    ),
+    Picture(
+        "Streams that cover for each other",
+        "nats",
+        "What exchanging both costs beyond the one and the other. Above zero: redundant, each covers for the other.",
+        (Line("val", "", "pairs"),),
+        zero=True,
+    ),
+    Picture(
+        "Shapley share",
+        "of the score",
+        "The stream's part of what the model scores, averaged over every order of adding streams.",
+        (Line(_val(keys.SHAPLEY)),),
+        zero=True,
+    ),
+)
+
+WHISKERS = (
+    Whiskers(
+        "What the head uses, at the last evaluation",
+        "nats of validation loss",
+        "Dot: the estimate; bar: 95 % interval; tick: the smallest effect that would have been seen.",
+        (Line(_val(keys.USES), "input exchanged"), Line(_val(keys.ABLATED), "mean features")),
+    ),
+    Whiskers(
+        "Probe against use, at the last evaluation",
+        "accuracy",
+        "Known but not used: the head leaves it. Used and not complementary: another stream knows it too.",
+        (
+            Line(keys.KNOWS, "knows (probe)"),
+            Line(keys.COMPLEMENT, "only it knows"),
+            Line(f"{_val(keys.USES)}_acc", "head uses (exchanged)"),
+            Line(keys.HEAD_GAP, "head leaves", "full"),
+        ),
+    ),
+)
+
+_OF_STREAMS = {line.figure for part in (*PICTURES, *WHISKERS) for line in part.lines if line.of in ("streams", "full")}
+_BOUNDS = (keys.LOW, keys.HIGH, keys.DETECTABLE)
+_NO_PICTURE = {"samples", "correct", keys.EPOCH, keys.SKIPPED, keys.WEIGHT_NORM_RATIO}
+
+
+def is_shown(key: str, streams: Sequence[str]) -> bool:
+    """Whether a picture shows it, or a bound of an interval; numbers of the user's own are shown."""
+    base, _, which = key.rpartition("_")
+    parts = keys.parse(base if which in _BOUNDS else key, streams)
+    if parts.stream is not None:
+        return parts.figure in _OF_STREAMS
+    return is_own(parts.figure, streams) or parts.figure.endswith(f"_{_val(keys.COVER)}") or parts.figure in _OF_STREAMS
+
+
+def is_own(key: str, streams: Sequence[str]) -> bool:
+    """Whether it is a number of the user's own (or the loss)."""
+    parts = keys.parse(key, streams)
+    between = any(key.startswith(f"{name}_") for name in (*streams, keys.SHARED, keys.FULL))
+    return parts.stream is None and not between and key not in _NO_PICTURE and parts.figure not in _OF_STREAMS
