@@ -312,8 +312,9 @@ class StreamMonitor(Joinable):
         """Each stream's (and `shared`'s) gradient now: `X_grad_norm`, `X_grad_max`, `X_params` (tensors with a
         gradient), `X_grad_mean`, `X_grad_share`, and for two streams `stream1_to_stream2_ratio`.
 
-        Call it between backward and zero_grad. The figures are yours: they enter `history` by `log_metrics`.
-        Comm: one all_reduce(SUM). Sync: none until a figure is read.
+        Norms and their ratios change when a layer is scaled up and the next one down, though the function stays the
+        same: see `compute_gradient_power`. Call it between backward and zero_grad. The figures are yours: they enter
+        `history` by `log_metrics`. Comm: one all_reduce(SUM). Sync: none until a figure is read.
         """
         if not self._meter.any_gradient():
             warnings.warn(
@@ -370,6 +371,9 @@ class StreamMonitor(Joinable):
         from three streams on `X_without_val_acc` and its like; the whole model's as `full_...`; and from the four
         numbers passed (this rank's means, or (sum, weight), or None: the evaluated ones) `full_model_loss_gap` and
         `full_model_acc_gap`.
+
+        Features of zero depend on where zero is: a shift of a stream's features that the next bias takes back changes
+        these figures. `evaluate(train=...)` has ones that it does not change.
 
         Every item counts once, whatever the number of ranks; `max_batches` None is all of them. Pass
         `train_loader_no_aug` where `train_loader` augments, or the gap compares two kinds of items.

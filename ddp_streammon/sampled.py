@@ -22,10 +22,10 @@ LAYER = 16_384
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 """Whose weights make the first and the last layer: not embeddings, of which most rows have no gradient."""
 SUMS = ("moved_square", "weight_square", "moved", "compared", "first", "last", "trainable", "optimized", "uncleared")
-"""Of each stream: squares of the change of its sampled weights since the last call and of themselves before it;
-how many elements changed, of how many; mean squares of the gradient of its first and its last layer; its tensors that
-require a gradient, and those of them that an optimizer holds; and 1 where a gradient of the step before was still there
-when the first of this one arrived."""
+"""Of each stream: squares of the change of its sampled weights since the last call and of themselves now; how many
+elements changed, of how many; mean squares of the gradient of its first and its last layer; its tensors that require a
+gradient, and those of them that an optimizer holds; and 1 where a gradient of the step before was still there when the
+first of this one arrived."""
 _MODULUS = 2**32
 
 
@@ -67,7 +67,7 @@ class Sampled:
         known = self._before is not None and self._before[0] == call - 1 and len(self._before[1]) == len(now)
         before = self._before[1] if known and self._before is not None else now
         change = (now - before).square()
-        squares = before.square()
+        squares = now.square()
         moved = change != 0
         words = now.view(torch.int32)
         rows, own = [], []

@@ -50,7 +50,7 @@ class Scalar:
 class Sample:
     """Figures of a stream from samples of its weights and gradients (sampled.py); nan where nothing was compared.
 
-    `update`: norm of the last change of the sampled weights over their own before it; `moved`: share of them that
+    `update`: norm of the last change of the sampled weights over their own; `moved`: share of them that
     changed; `weight`: their norm; `first`, `last`: root mean square of the gradient of the first and the last layer;
     `trainable`, `optimized`: tensors that require a gradient, and those of them in an optimizer, on average over ranks;
     `uncleared`: ranks on which a gradient of the step before was still there.

@@ -590,7 +590,7 @@ def test_a_stream_that_knew_more_before_has_regressed_also_after_a_restart(saved
     assert after["rgb_knows"] == 0 < before["rgb_knows_low"]
     rules = {finding.rule: str(finding) for finding in monitor.get_recommendations()}
     lost = -100 * said[Statement.regressed].bounds["change"]
-    assert rules["REGRESSED"].startswith("⚠️  rgb knows less than it did: a probe of its features is now 0.0 pp [")
+    assert rules["REGRESSED"].startswith("⚠️  rgb knows less than it did: a probe of its features explains at least ")
     assert f"above the majority class, and at least {lost:.1f} pp below its best" in rules["REGRESSED"]
     assert after.past.best["rgb"] == before.past.best["rgb"] and after.past.count == 2
 
@@ -666,8 +666,8 @@ def claim(statement: Statement, stream: str = "rgb", **limits: float) -> Claim:
             [Statement.regressed],
             "REGRESSED",
             Severity.warning,
-            "⚠️  rgb knows less than it did: a probe of its features is now 25.0 pp [20.0, 30.0] above the majority "
-            "class, and at least 4.0 pp below its best",
+            "⚠️  rgb knows less than it did: a probe of its features explains at least 4.0 % of the target's variance "
+            "less than at its best, and is now 25.0 pp [20.0, 30.0] above the majority class",
         ),
         (
             [Statement.memorised],

@@ -91,7 +91,8 @@ STOPS = ["streams.fou.patience=1", "streams.fou.min_delta=1.0"]
 
 
 @pytest.mark.parametrize(
-    ("layout", "world", "options"), [("fsdp2", 2, ["optim=sgd", "optim.momentum=0"]), ("hsdp", 4, STOPS)]
+    ("layout", "world", "options"),
+    [("fsdp2", 2, ["optim=sgd", "optim.momentum=0"]), pytest.param("hsdp", 4, STOPS, marks=pytest.mark.slow)],
 )
 def test_the_same_layout_resumes_bit_for_bit(layout: str, world: int, options: list[str], tmp_path: Path) -> None:
     overrides = [*RESUMED, *LAYOUTS[layout], *options]
@@ -151,7 +152,8 @@ def test_another_number_of_ranks_reads_what_was_saved(optimizer: str, tmp_path: 
         (tmp_path / f"{world}").mkdir()
         again = run_ranks(world, _read_back, [*overrides, *LAYOUTS[layout], resume], str(tmp_path / f"{world}"))[0]
         found = differences(saved, again, "model", "optimizer", "monitor", "epoch", "figures")
-        assert [path for path in found if not path.startswith("/monitor/replicas")] == []  # proved anew
+        proved_anew = ("/monitor/replicas", "/monitor/rules/world")
+        assert [path for path in found if not path.startswith(proved_anew)] == []
 
 
 def test_a_stream_stops_at_its_best_and_its_buffers_are_the_same_on_all_ranks(tmp_path: Path) -> None:

@@ -71,7 +71,18 @@ def test_a_python_snippet_runs(number: int, capsys: pytest.CaptureFixture[str]) 
     assert any(words in printed for words in said)
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "ddp_streammon.train" in command])
+SLOW = ("mfeat_six", "precision=bf16", "hsdp", "fusion_type=gated", "every_steps")
+"""In the commands that only the slow tests run: other tests run what they are about."""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.slow] if any(part in command for part in SLOW) else [])
+        for command in COMMANDS
+        if "ddp_streammon.train" in command
+    ],
+)
 def test_a_command_of_the_application_runs(command: str, tmp_path: Path) -> None:
     if "htad" in command and find_spec("multiviewstacking") is None:
         pytest.skip("multiviewstacking is not installed")

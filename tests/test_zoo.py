@@ -62,6 +62,7 @@ def test_nothing_is_said_of_a_healthy_training(runs: dict[str, Run], name: str) 
     assert said(runs[name]).wrong == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", THREE_RANKS)
 def test_three_streams_on_three_ranks(three_ranks: dict[str, Run], name: str) -> None:
     run = three_ranks[name]

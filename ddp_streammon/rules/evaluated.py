@@ -54,7 +54,7 @@ def _of_stream(found: Evaluation, name: str, claims: dict[Statement, Claim], lea
         if Statement.complementary in claims:
             text = f"although its features add {complement} to what the others know: the head ignores it"
             add(IGNORED, Severity.warning, Statement.unused, f"⚠️  the model does not use {name}: {_cost(uses)}, {text}")
-        else:
+        elif Statement.knows_nothing not in claims:  # which is why it is not used
             add(UNUSED, Severity.warning, Statement.unused, f"⚠️  the model does not use {name}: {_cost(uses)}")
     if Statement.redundant in claims and learned:
         add(
@@ -77,8 +77,9 @@ def _of_stream(found: Evaluation, name: str, claims: dict[Statement, Claim], lea
             REGRESSED,
             Severity.warning,
             Statement.regressed,
-            f"⚠️  {name} knows less than it did: a probe of its features is now {knows} above the majority class, and "
-            f"at least {-100 * claims[Statement.regressed].bounds['change']:.1f} pp below its best",
+            f"⚠️  {name} knows less than it did: a probe of its features explains at least "
+            f"{-100 * claims[Statement.regressed].bounds['change']:.1f} % of the target's variance less than at its "
+            f"best, and is now {knows} above the majority class",
         )
     if Statement.memorised in claims:
         trained = _shown(found, keys.of_stream(name, f"{TRAIN}_{keys.USES}"), "", 1, 3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,9 @@ class HtmlSink:
     def write(self, report: Report) -> None:
         """Take in the report."""
         found = [finding.to_dict() for finding in report.findings]
-        facts = [] if report.stats is None else [asdict(rank) for rank in report.stats.rank_facts]
-        measured = {"rank_facts": facts}
+        ranks = () if report.stats is None else report.stats.rank_facts
+        times = [{"rank": r.rank, "step_seconds": r.step_seconds, "busy_seconds": r.busy_seconds} for r in ranks]
+        measured = {"rank_facts": times}
         self._add(report.kind, report.step, report.epoch, values=report.values, findings=found, measured=measured)
 
     def close(self, outcome: Outcome) -> None:

@@ -42,7 +42,7 @@ class Result:
     findings: tuple[Finding, ...] = ()
     """What stood at the end."""
     records: Mapping[str, str] = field(default_factory=dict)
-    """What was written, and where: `JSONL file`, `W&B run`."""
+    """What was written, and where: `JSONL file`, `W&B run`, `report`."""
     preflight: str | None = None
     """What a preflight says, where that was asked for."""
 
