@@ -254,6 +254,15 @@ HEALTHY: dict[str, tuple[Change, Any, Any]] = {
         Intent(frozen=("fou",)),
         None,
     ),
+    "thawed after the other": (
+        lambda number: {
+            "streams": of_fou(grad_norm=5.0),
+            "samples": of_fou(first=0.1, last=0.08),
+            "facts": {rank: {"lr": (0.0 if number < 40 else 0.05, 0.05, 0.05)} for rank in (0, 1)},
+        },
+        DECLARED,
+        None,
+    ),
     "frozen from a step on": (after(60, streams=NO_GRADIENT), Intent(frozen=(), frozen_from={"fou": 60}), None),
     "every third batch is without the stream": (
         lambda number: (

@@ -355,7 +355,8 @@ class Imbalance(_Windowed):
     times another's, in the median of 40 steps. Where they were not in the first steps, the stream that has lost its
     gradient is named, else the one that always had more. It is a pointer, and gives way to any other finding: the ratio
     is no property of the function (evidence.md, finding 1), and depth, width and normalisation change it. Streams that
-    miss steps have smaller gradients for that reason, and are left out."""
+    miss steps have smaller gradients for that reason, and those that thaw one after the other are not equally far:
+    both are left out."""
 
     id: ClassVar[str] = "IMB"
     pointer: ClassVar[bool] = True
@@ -377,6 +378,8 @@ class Imbalance(_Windowed):
         low = min(sizes, key=lambda stream: sizes[stream][0])
         ratio = min(sizes[high][0] / sizes[low][0], sizes[high][1] / sizes[low][1])
         if ratio < QUIET * self.factor or missed(view, low, 40) or missed(view, high, 40):
+            return
+        if view.memory.idle.get(low, 0) != view.memory.idle.get(high, 0):
             return
         start = view.memory.start_grad
         began = start[high] / start[low] if start.get(low, 0.0) > 0 and high in start else math.nan

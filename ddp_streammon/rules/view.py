@@ -55,6 +55,8 @@ class Memory:
     """Of each stream, the steps in which it had a gradient other than zero."""
     low_lr: dict[str, int] = field(default_factory=dict)
     """Of each stream, the steps in a row with a learning rate of zero since the first one; -1 once it was not zero."""
+    idle: dict[str, int] = field(default_factory=dict)
+    """Of each stream, the steps with a learning rate of zero."""
     batches: dict[float, int] = field(default_factory=dict)
     """Number of a batch of the first rank heard -> the count at which it came last."""
     lag: int = 0
@@ -82,6 +84,7 @@ class Memory:
                 if before > 0 and rate >= JUMP * before:
                     self.jumps[name] = (self.count, before, rate, self.peak_lr.get(name, 0.0))
                 self.last_lr[name] = rate
+                self.idle[name] = self.idle.get(name, 0) + (rate == 0)
                 so_far = self.low_lr.get(name, 0)
                 self.low_lr[name] = so_far + 1 if rate == 0 and so_far >= 0 else -1
             if stream.grad_norm > 0:
