@@ -104,6 +104,7 @@ def test_the_wandb_file_holds_what_the_jsonl_file_holds(main_job: tuple[Path, st
     assert run.config["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(main_job: tuple[Path, str], tmp_path: Path) -> None:
     again = ("evaluation=full", "sinks.wandb.enabled=false")
     done = torchrun(*SMALL, *again, folder=tmp_path, STREAMMON_RUN="again")
@@ -131,6 +132,7 @@ def test_a_wrong_value_ends_the_job_with_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_multirun_under_torchrun_is_refused_with_the_way_out(tmp_path: Path) -> None:
     done = torchrun("--multirun", "optim.lr=1e-3,1e-4", folder=tmp_path)
     assert done.returncode != 0

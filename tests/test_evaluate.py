@@ -591,7 +591,7 @@ def test_a_stream_that_knew_more_before_has_regressed_also_after_a_restart(saved
     rules = {finding.rule: str(finding) for finding in monitor.get_recommendations()}
     lost = -100 * said[Statement.regressed].bounds["change"]
     assert rules["REGRESSED"].startswith("⚠️  rgb knows less than it did: a probe of its features explains at least ")
-    assert f"above the majority class, and at least {lost:.1f} pp below its best" in rules["REGRESSED"]
+    assert f"explains at least {lost:.1f} % of the target's variance less than at its best" in rules["REGRESSED"]
     assert after.past.best["rgb"] == before.past.best["rgb"] and after.past.count == 2
 
 

@@ -120,6 +120,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "FOLD", 8)
 
 
+@pytest.mark.slow
 @has_triton
 @pytest.mark.skipif(INTERPRETED, reason="is what this test starts")
 def test_the_kernel_in_tritons_interpreter() -> None:

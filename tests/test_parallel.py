@@ -222,6 +222,7 @@ def test_a_layout_that_cannot_be_is_one_sentence(overrides: list[str], text: str
         load(composed(overrides))
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_be_shared_out_end_before_a_process_group_starts(tmp_path: Path) -> None:
     sizes = ["parallel=hsdp", "parallel.shard_size=4"]
     done = torchrun(*SMALL, *sizes, "trainer.timeout_s=20", folder=tmp_path)
@@ -240,6 +241,7 @@ def shown(*overrides: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_configuration_shows_the_layout() -> None:
     assert "parallel:\n  name: ddp\n  shard_size: null\n" in shown()
     assert "parallel:\n  name: hsdp\n  shard_size: 4\n" in shown("parallel=hsdp", "parallel.shard_size=4")

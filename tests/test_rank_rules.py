@@ -208,6 +208,7 @@ def named(culprit: int, world: int) -> int | None:
     return culprit if world > 2 else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
 def test_nothing_is_found_in_sixty_healthy_steps(world: int) -> None:
     assert cases(world)[0]["healthy"] == {}

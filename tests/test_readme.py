@@ -71,7 +71,7 @@ def test_a_python_snippet_runs(number: int, capsys: pytest.CaptureFixture[str]) 
     assert any(words in printed for words in said)
 
 
-SLOW = ("mfeat_six", "precision=bf16", "hsdp", "fusion_type=gated", "every_steps")
+SLOW = ("mfeat_six", "precision=bf16", "hsdp", "fusion_type=gated", "every_steps", "fou.lr", "fsdp2")
 """In the commands that only the slow tests run: other tests run what they are about."""
 
 

@@ -105,7 +105,7 @@ def found_in_process(names: tuple[str, ...], wrapping: str) -> dict[str, dict[st
     return {call: figures.to_dict() for call, figures in calls(net, len(names)).items()}
 
 
-@pytest.mark.parametrize("wrapping", ["plain", "torch.compile"])
+@pytest.mark.parametrize("wrapping", ["plain", pytest.param("torch.compile", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("names", [SEED, OWN, THREE])
 def test_every_key_is_there(names: tuple[str, ...], wrapping: str) -> None:
     check(found_in_process(names, wrapping), names)

@@ -60,6 +60,7 @@ def undisturbed_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_restarted_job_goes_on_as_if_no_rank_had_been_killed(undisturbed_job: Path, tmp_path: Path) -> None:
     """Rank 0 dies in step 10, and after the restart at step 7 rank 1 in step 16; checkpoints are of steps 6 and 12."""
     overrides = [*SMALL, "trainer.epochs=3", *target("killed", at=10, victims="[0,1]")]
@@ -330,6 +331,7 @@ def running(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_is_asked_to_go_keeps_its_records(tmp_path: Path) -> None:
     overrides = [*SMALL, "trainer.epochs=1000", *target("slow", seconds=0.03), "sinks.wandb.log_every=1"]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

@@ -20,11 +20,10 @@ OURS = "streammon"
 FAULTS = (
     *("frozen_first", "not_in_optimizer_second", "dead_second", "input_zero_second", "missing_zero_grad", "nan_batch"),
     *("vanish_first", "decay_huge_second", "rank_nan_first", "rank_zero_shard", "desync_no_ddp", "same_data"),
-    *("desync_perturbed_second", "rank_rate_first", "uneven_shard"),
 )
 CONTROLS = (
     *("h_base", "h_conv_bn", "h_guide_rates", "h_accumulate", "h_frozen"),
-    *("l_lora", "l_text_only", "l_two_backwards", "l_fp16_skips", "l_token_weighted"),
+    *("l_lora", "l_text_only", "l_two_backwards"),
 )
 THREE_RANKS = ("h_base", "rank_nan_first", "rank_scaled_second")
 """On three ranks, with three streams."""
