@@ -8,6 +8,7 @@ floats. A rule set of one's own is `default + yours`: see `Rule`.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -71,7 +72,7 @@ class Signal:
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(ABC):
     """What every rule has. One of your own is a subclass with `id`, `kind` and `check`, given to the monitor as
     `MonitorConfig(extra_rules=(Yours(),))`, or to the application as `rules.extra` with its `_target_`.
 
@@ -107,9 +108,9 @@ class Rule:
     every: int = 1
     """Measured steps between two evaluations."""
 
+    @abstractmethod
     def check(self, view: View) -> Iterable[Signal]:
         """The signals of the moment."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

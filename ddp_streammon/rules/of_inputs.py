@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -43,11 +44,13 @@ class _Empty(Rule):
                 for rank in bad:
                     yield self.signal(stream, rank, few([rank]))
 
+    @abstractmethod
     def empty(self, view: View, stream: str, rank: int, of: StreamInput) -> bool:
-        raise NotImplementedError
+        """Whether the stream's input says nothing on this rank."""
 
+    @abstractmethod
     def signal(self, stream: str, rank: int | None, where: str) -> Signal:
-        raise NotImplementedError
+        """What is said of it."""
 
 
 @dataclass(frozen=True)
