@@ -115,7 +115,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of which small tensors fill several, read in several rounds and folded in several."""
     from ddp_streammon.moments import triton
 
-    monkeypatch.setattr(triton, "CHUNK", 512)
+    monkeypatch.setattr(triton, "CHUNKS", (512, 512))
     monkeypatch.setattr(triton, "ROWS", 32)
     monkeypatch.setattr(triton, "FOLD", 8)
 
@@ -174,7 +174,7 @@ def test_dense_memory_in_any_order(dtype: torch.dtype, small: None) -> None:
     case = Case(tensors)
     read = case.read()
     assert_close(read(case.source), case.twin())
-    assert not read._table.others  # all of them were the kernel's
+    assert not read.find(case.source)  # all of them were the kernel's
     assert_close(case.in_parts(3), case.twin())
 
 
@@ -248,12 +248,15 @@ def test_the_same_values_give_the_same_bits(small: None) -> None:
 
 
 @has_triton
-def test_large_models_have_larger_chunks() -> None:
-    from ddp_streammon.moments.triton import CHUNK, MAX_CHUNKS, chunk_size
+def test_larger_models_have_larger_chunks() -> None:
+    from ddp_streammon.moments.triton import CHUNKS, ENOUGH_CHUNKS, MAX_CHUNKS, chunk_size
 
-    assert chunk_size([]) == chunk_size([10, 20]) == chunk_size([CHUNK * MAX_CHUNKS]) == CHUNK
-    assert chunk_size([CHUNK * MAX_CHUNKS, 1]) == 2 * CHUNK
-    assert chunk_size([CHUNK * MAX_CHUNKS] * 5) == 8 * CHUNK
+    smallest, largest = CHUNKS
+    assert chunk_size([]) == chunk_size([10, 20]) == chunk_size([smallest * ENOUGH_CHUNKS]) == smallest
+    assert chunk_size([smallest * ENOUGH_CHUNKS, 1]) == 2 * smallest
+    assert chunk_size([largest * ENOUGH_CHUNKS, 1]) == chunk_size([largest * MAX_CHUNKS]) == largest
+    assert chunk_size([largest * MAX_CHUNKS, 1]) == 2 * largest
+    assert chunk_size([largest * MAX_CHUNKS] * 5) == 8 * largest
 
 
 # What moves -------------------------------------------------------------------------------------------------------
@@ -299,18 +302,20 @@ def test_another_dtype_and_other_strides_at_the_same_address_are_seen(small: Non
 def test_the_device_is_told_only_what_changed(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from ddp_streammon.moments.triton import TritonMoments
 
-    sizes: list[int] = []
+    sent: list[int] = []
     send = TritonMoments._send
-    monkeypatch.setattr(TritonMoments, "_send", lambda self, host: (sizes.append(host.numel()), send(self, host))[1])
+    counted = lambda self, tensors: (sent.append(len(tensors)), send(self, tensors))[1]  # noqa: E731
+    monkeypatch.setattr(TritonMoments, "_send", counted)
     case = Case([random(900), random(600)])
     read = case.read()
-    read(case.source)
-    sizes.clear()
-    read(case.source)
-    assert sizes == []
+    for _ in range(3):
+        read(case.source)
+    assert len(sent) == 1
     case.tensors[0] = random(900)
-    read(case.source)
-    assert sizes == [2 + 2 * 3]  # counts of one stream, rows of two pieces
+    assert_close(read(case.source), case.twin())
+    case.tensors[1] = None
+    assert_close(read(case.source), case.twin())
+    assert len(sent) == 3
 
 
 @kernel

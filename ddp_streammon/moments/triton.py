@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TypeAlias
+from operator import attrgetter
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -21,48 +21,25 @@ from triton import language as tl
 from ddp_streammon.moments.torch import ABS_MAX, COLUMNS, Source, moments
 from ddp_streammon.shards import Piece, Share
 
-CHUNK = 32_768
-"""Elements of a chunk; with `WARPS` the fastest of those tried with a prototype on an H100, for 94 MB of gradients."""
+CHUNKS = (16_384, 131_072)
+"""Elements of a chunk, at least and at most. Within them the number of chunks is kept near `ENOUGH_CHUNKS`: on an H100
+chunks of 65,536 were the fastest for 22 M elements, of 131,072 for 172 M (`python -m tests.benchmarks.statistics`)."""
+ENOUGH_CHUNKS = 512
+"""An H100 runs some 400 at a time."""
 WARPS, FOLD_WARPS = 16, 8
 MAX_CHUNKS = 8_192
-"""Models with more have larger chunks: so many still go evenly over an H100, which runs some 400 at a time, and are
-folded, 40 bytes each, in microseconds."""
-ROWS = 1_024
-"""Words of 16 bytes, the widest load, that a program reads at a time. Two a thread: with more, `WARPS` warps need so
-many registers that a multiprocessor of an H100 holds one program, not three, and idles while that one adds up."""
+"""Models with more have larger chunks still: so many go evenly over an H100, and are folded, 40 bytes each, in
+microseconds."""
+ROWS = 512
+"""Words of 16 bytes, the widest load, that a program reads at a time: one a thread. With four a thread reading is a
+third slower, since a multiprocessor of an H100 has no registers left for other programs."""
 FOLD = 1_024
 """Chunks that a program folds at a time."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the kernel reads, by the code that it knows it by."""
 
-_Place: TypeAlias = "tuple[int, torch.dtype, tuple[int, ...]] | torch.layout | None"
-"""Address, dtype and strides of a tensor; the layout alone where it is not strided; None without a tensor."""
-
-
-@dataclass(frozen=True)
-class _Chunks:
-    """What never changes, as CUDA stream number `stream` was sent it."""
-
-    stream: int
-    chunks: Tensor
-    """[C, 2] int64, by stream: the piece's number, the first element within the piece."""
-    firsts: Tensor
-    """[S + 1] int64: where each stream's chunks begin, and where the last one's end."""
-    weights: Tensor
-    """[P] float64."""
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """Where the tensors were when the device was told."""
-
-    places: list[_Place]
-    pieces: Tensor
-    """[P, 3] int64: address, elements (0 where there is nothing to read), kind."""
-    counts: Tensor
-    """[S, 2] float64: elements and tensors that the kernel reads, weighed."""
-    others: tuple[Share, ...]
-    """What the kernel cannot read."""
+_Places: TypeAlias = tuple[Any, ...]
+"""Whatever changes when a tensor moves, comes, goes, or lies otherwise in its place."""
 
 
 class TritonMoments:
@@ -72,8 +49,7 @@ class TritonMoments:
     complex, float64, strided, on another device) goes to `moments`. While nothing moves nothing is sent to the
     device. No tensor is kept. Runs on the current CUDA stream. The same input gives the same bits.
 
-    Accuracy: float32 within 1,024 words of 16 bytes, where at most 17 additions follow each other, in units of their
-    abs-max, so that squares neither vanish nor overflow; float64 from there on.
+    Accuracy: float64 throughout, where squares of float32 neither vanish nor overflow.
     """
 
     def __init__(self, shares: Sequence[Share], num_streams: int, device: torch.device) -> None:
@@ -83,11 +59,19 @@ class TritonMoments:
         self._pieces = [piece for piece, _ in entries]
         self._parameters = [piece.parameter for piece in self._pieces]
         self._weights = [weight for _, weight in entries]
-        sizes = [piece.stop - piece.start for piece in self._pieces]
-        self._chunk_size = chunk_size(sizes)
-        self._chunks, self._firsts = _chunks(self._pieces, num_streams, self._chunk_size)
-        self._told: _Chunks | None = None
-        self._table: _Pieces | None = None
+        self._chunk_size = chunk_size([piece.stop - piece.start for piece in self._pieces])
+        chunks, firsts = _chunks(self._pieces, num_streams, self._chunk_size)
+        self._chunks, self._firsts = chunks.to(self._device), firsts.to(self._device)
+        """[C, 2] int64, by stream: the piece's number, the first element within the piece; and [S + 1] int64: where
+        each stream's chunks begin, and where the last one's end."""
+        self._weight_of = torch.tensor(self._weights, dtype=torch.float64, device=self._device)
+        # The counts, 16 bytes a stream, go first: what follows is then aligned as kernels are compiled for.
+        self._table = torch.zeros(2 * num_streams + 3 * len(entries), dtype=torch.int64, device=self._device)
+        """What changes: of each stream two float64, the elements and tensors that the kernel reads, weighed; of each
+        piece its address, elements (0 where there is nothing to read), and kind."""
+        self._places: _Places | None = None
+        self._others: tuple[Share, ...] = ()
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, source: Source) -> Tensor:
         """The figures now.
@@ -95,49 +79,49 @@ class TritonMoments:
         Shape: [S, 7] float64 on the device, as `moments`.
         Comm: none. Sync: none.
         """
-        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
-            told, table = self._up_to_date([source(parameter) for parameter in self._parameters])
-            result = self._launch(told, table)
-        if not table.others:
+        others = self.find(source)
+        result = self.read()
+        if not others:
             return result
-        rest = moments(table.others, self._num_streams, source, self._device)
+        rest = moments(others, self._num_streams, source, self._device)
         abs_max = torch.maximum(result[:, ABS_MAX], rest[:, ABS_MAX])
         return torch.cat([(result + rest)[:, :ABS_MAX], abs_max[:, None]], dim=1)
 
-    def _launch(self, told: _Chunks, table: _Pieces) -> Tensor:
-        chunks, streams = len(self._chunks), self._num_streams
-        partials = torch.empty(chunks, 5, dtype=torch.float64, device=self._device)
+    def find(self, source: Source) -> tuple[Share, ...]:
+        """Tell the device where the tensors are, if any has moved. What `read` leaves out. Sync: none."""
+        self._follow_stream()
+        tensors = list(map(source, self._parameters))
+        places = _places(tensors)
+        if places != self._places:
+            self._others = self._send(tensors)
+            self._places = places
+        return self._others
+
+    def read(self) -> Tensor:
+        """The figures of what `find` found, as `moments`. Two launches, always the same. Comm, Sync: none."""
+        streams = self._num_streams
+        partials = torch.empty(len(self._chunks), 5, dtype=torch.float64, device=self._device)
         result = torch.empty(streams, COLUMNS, dtype=torch.float64, device=self._device)
-        if chunks:
-            _read[(chunks,)](
-                told.chunks, told.weights, table.pieces, partials, self._chunk_size, ROWS=ROWS, num_warps=WARPS
-            )
-        if streams:
-            _fold[(streams,)](partials, told.firsts, table.counts, result, FOLD=FOLD, num_warps=FOLD_WARPS)
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            if len(self._chunks):
+                pieces = self._table[2 * streams :]
+                _read[(len(self._chunks),)](
+                    self._chunks, self._weight_of, pieces, partials, self._chunk_size, ROWS=ROWS, num_warps=WARPS
+                )
+            if streams:
+                counts = self._table[: 2 * streams].view(torch.float64)
+                _fold[(streams,)](partials, self._firsts, counts, result, FOLD=FOLD, num_warps=FOLD_WARPS)
         return result
 
-    def _up_to_date(self, tensors: Sequence[Tensor | None]) -> tuple[_Chunks, _Pieces]:
-        """What the device holds, after it was told what changed.
+    def _follow_stream(self) -> None:
+        """What the last CUDA stream is at goes before what this one will be sent."""
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)
+            if self._stream is not None and stream != self._stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
 
-        What one CUDA stream was sent may be under way when another runs, so that one is sent everything.
-        """
-        stream = torch.cuda.current_stream().cuda_stream if self._device.type == "cuda" else 0
-        strided = torch.strided
-        places: list[_Place] = [
-            None if t is None else (t.data_ptr(), t.dtype, t.stride()) if t.layout is strided else t.layout
-            for t in tensors
-        ]
-        told, table = self._told, self._table
-        if told is None or told.stream != stream:
-            weights = torch.tensor(self._weights, dtype=torch.float64)
-            told = _Chunks(stream, *map(self._send, (self._chunks, self._firsts, weights)))
-            table = None
-        if table is None or table.places != places:
-            table = self._send_pieces(places, tensors)
-        self._told, self._table = told, table
-        return told, table
-
-    def _send_pieces(self, places: list[_Place], tensors: Sequence[Tensor | None]) -> _Pieces:
+    def _send(self, tensors: Sequence[Tensor | None]) -> tuple[Share, ...]:
         rows = [(0, 0, 0)] * len(tensors)
         counts = [[0.0, 0.0] for _ in range(self._num_streams)]
         others: dict[float, list[Piece]] = {}
@@ -151,35 +135,42 @@ class TritonMoments:
             rows[number] = (address, piece.stop - piece.start, KINDS[tensor.dtype])
             counts[piece.stream][0] += (piece.stop - piece.start) * weight
             counts[piece.stream][1] += piece.counts * weight
-        # The counts, 16 bytes a stream, go first: what follows is then aligned as kernels are compiled for.
         numbers = torch.tensor(counts, dtype=torch.float64).view(torch.int64).view(-1)
-        sent = self._send(torch.cat([numbers, torch.tensor(rows, dtype=torch.int64).view(-1)]))
-        return _Pieces(
-            places,
-            sent[len(numbers) :].view(-1, 3),
-            sent[: len(numbers)].view(torch.float64).view(-1, 2),
-            tuple(Share(tuple(pieces), weight) for weight, pieces in others.items()),
-        )
+        host = torch.cat([numbers, torch.tensor(rows, dtype=torch.int64).view(-1)])
+        # From pinned memory, which PyTorch reuses only after it was sent.
+        self._table.copy_(host.pin_memory() if self._device.type == "cuda" else host, non_blocking=True)
+        return tuple(Share(tuple(pieces), weight) for weight, pieces in others.items())
 
     def _readable(self, tensor: Tensor) -> bool:
         known = tensor.layout is torch.strided and tensor.dtype in KINDS
         return known and tensor.device == self._device and _dense(tensor)
 
-    def _send(self, host: Tensor) -> Tensor:
-        """A copy on the device, from pinned memory that PyTorch reuses only after it was sent."""
-        return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)
+
+def _places(tensors: Sequence[Tensor | None]) -> _Places:
+    """Where tensors are and how they lie there, in few calls: strides of those alone that are not contiguous."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    missing = tuple(n for n, t in enumerate(tensors) if t is None) if len(present) < len(tensors) else ()
+    dtypes = list(map(attrgetter("dtype"), present))
+    try:
+        contiguous = list(map(Tensor.is_contiguous, present))
+        addresses = list(map(Tensor.data_ptr, present))
+    except RuntimeError:  # sparse tensors have neither
+        dense = [tensor if tensor.layout is torch.strided else None for tensor in present]
+        return (missing, *_places(dense), [tensor.layout for tensor in present])
+    strides = [t.stride() for t, simple in zip(present, contiguous, strict=True) if not simple]
+    return missing, dtypes, contiguous, strides, addresses
 
 
 def chunk_size(sizes: Sequence[int]) -> int:
-    """Elements of a chunk for pieces of these sizes: `CHUNK`, or so much more that there are `MAX_CHUNKS` or so."""
-    size = CHUNK
-    while sum(sizes) > size * MAX_CHUNKS:
+    """Elements of a chunk for pieces of these sizes: see `CHUNKS` and `MAX_CHUNKS`."""
+    size, largest = CHUNKS
+    while (size < largest and sum(sizes) > size * ENOUGH_CHUNKS) or sum(sizes) > size * MAX_CHUNKS:
         size *= 2
     return size
 
 
 def _chunks(pieces: Sequence[Piece], num_streams: int, size: int) -> tuple[Tensor, Tensor]:
-    """`_Chunks.chunks` and `_Chunks.firsts` for pieces in the order of their streams."""
+    """Where chunks begin, for pieces in the order of their streams: see `TritonMoments._chunks` and `_firsts`."""
     counts = torch.tensor([-(-(piece.stop - piece.start) // size) for piece in pieces], dtype=torch.int64)
     piece = torch.repeat_interleave(counts)
     start = (torch.arange(len(piece)) - (counts.cumsum(0) - counts)[piece]) * size
@@ -230,38 +221,66 @@ def _moments(address, count, DTYPE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.
     """Sum, sum of squares (float64), non-finite and nan count (int32) and abs-max (float32) of `count` elements.
 
     Whole words of 16 bytes are read, `WIDTH` elements each. The first and the last may hold elements of other
-    tensors, which are masked; no memory is given out in smaller parts.
+    tensors, which are masked; no memory is given out in smaller parts. Only where a sum shows that something is not
+    finite is the chunk read again, from a cache, to count it and to leave it out.
     """
+    tile: tl.constexpr = ROWS * WIDTH
     before = ((address % 16) // (16 // WIDTH)).to(tl.int32)
     words = tl.multiple_of((address - address % 16).to(tl.pointer_type(DTYPE)), 16)
     stop = before + count
-    end = (stop + WIDTH - 1) // WIDTH * WIDTH
     offsets = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    total = tl.full([], 0.0, tl.float64)
-    squares = tl.full([], 0.0, tl.float64)
+    total = tl.zeros([ROWS], tl.float64)
+    squares = tl.zeros([ROWS], tl.float64)
+    top = tl.zeros([ROWS], tl.float32)
+    first = 0
+    last = (stop - 1) // tile * tile
+    while first < stop:  # the first tile and the last, whose ends are masked
+        x = _masked(words, first + offsets, before, stop, WIDTH)
+        total, squares, top = _add(x, total, squares, top)
+        first = tl.where(first == last, stop, last)
+    first = tile
+    while first < last:
+        x = tl.load(words + (first + offsets)).to(tl.float32)
+        total, squares, top = _add(x, total, squares, top)
+        first += tile
     bad = tl.zeros([ROWS], tl.int32)
     nans = tl.zeros([ROWS], tl.int32)
-    top = tl.full([], 0.0, tl.float32)
-    first = 0
-    while first < stop:
-        at = first + offsets
-        x = tl.load(words + at, mask=at < end, other=0.0).to(tl.float32)
-        x = tl.where((at >= before) & (at < stop), x, 0.0)
-        finite = tl.abs(x) < float("inf")
-        bad += tl.sum((finite == 0).to(tl.int32), axis=1)
-        nans += tl.sum((x != x).to(tl.int32), axis=1)
-        x = tl.where(finite, x, 0.0)
-        abs_max = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
-        # Its power of two; within the range where the inverse is a normal number of float32, too.
-        exponent = (abs_max.to(tl.int32, bitcast=True) >> 23) - 127
-        exponent = tl.minimum(tl.maximum(exponent, -126), 126)
-        unit = ((exponent + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
-        y = x * ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-        total += tl.sum(tl.sum(y, axis=1), axis=0).to(tl.float64) * unit
-        squares += tl.sum(tl.sum(y * y, axis=1), axis=0).to(tl.float64) * (unit * unit)
-        top = tl.maximum(top, abs_max)
-        first += ROWS * WIDTH
-    return total, squares, tl.sum(bad, axis=0), tl.sum(nans, axis=0), top
+    if (tl.sum(squares, axis=0) < float("inf")) == 0:
+        total = tl.zeros([ROWS], tl.float64)
+        squares = tl.zeros([ROWS], tl.float64)
+        top = tl.zeros([ROWS], tl.float32)
+        first = 0
+        while first < stop:
+            x = _masked(words, first + offsets, before, stop, WIDTH)
+            finite = tl.abs(x) < float("inf")
+            bad += tl.sum((finite == 0).to(tl.int32), axis=1)
+            nans += tl.sum((x != x).to(tl.int32), axis=1)
+            total, squares, top = _add(tl.where(finite, x, 0.0), total, squares, top)
+            first += tile
+    return (
+        tl.sum(total, axis=0),
+        tl.sum(squares, axis=0),
+        tl.sum(bad, axis=0),
+        tl.sum(nans, axis=0),
+        tl.max(top, axis=0),
+    )
+
+
+@triton.jit
+def _masked(words, at, before, stop, WIDTH: tl.constexpr):
+    """The elements from `before` to `stop` among those at these places, as float32; zeros for the others."""
+    end = (stop + WIDTH - 1) // WIDTH * WIDTH
+    x = tl.load(words + at, mask=at < end, other=0.0).to(tl.float32)
+    return tl.where((at >= before) & (at < stop), x, 0.0)
+
+
+@triton.jit
+def _add(x, total, squares, top):
+    """Adds a tile to sums of each row; squares of float32 neither vanish nor overflow in float64."""
+    wide = x.to(tl.float64)
+    total += tl.sum(wide, axis=1)
+    squares += tl.sum(wide * wide, axis=1)
+    return total, squares, tl.maximum(top, tl.max(tl.abs(x), axis=1))
 
 
 @triton.jit
