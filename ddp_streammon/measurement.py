@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch.distributed.tensor import DTensor
 from ddp_streammon import linear
 from ddp_streammon.clipping import clip_
 from ddp_streammon.collective import Collective
+from ddp_streammon.graphs import Graphs
 from ddp_streammon.inputs import Inputs
 from ddp_streammon.linear import Linear
 from ddp_streammon.local_gradients import LocalGradients
-from ddp_streammon.moments import ABS_MAX, SQ_SUM, SUM, Reader, moments, reader
+from ddp_streammon.moments import ABS_MAX, SQ_SUM, SUM, Reader, Source, moments, reader
+from ddp_streammon.packet import Draft, Layout
 from ddp_streammon.plan import Measurement, Plan
 from ddp_streammon.power import gradient_power
 from ddp_streammon.ranks import Clock, RankFacts, bit_sum
@@ -42,7 +45,7 @@ from ddp_streammon.stats import (
 )
 from ddp_streammon.streams import StreamSet
 from ddp_streammon.updates import Updates
-from ddp_streammon.user_numbers import scalar_cells
+from ddp_streammon.user_numbers import Numbers, finish_, user_numbers
 
 MODED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 """Modules that do something else in eval mode."""
@@ -98,18 +101,27 @@ class GradientMeter:
         self._sampled = Sampled(streams, self._optimizers, self.device) if evidence else None
         self._inputs = Inputs(streams, model, self.device) if evidence else None
         self._moded = [module for module in model.modules() if isinstance(module, MODED)] if evidence else []
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self._kept = torch.zeros(len(streams.streams) + 1, dtype=torch.float64, device=self.device)
+        """Of slots that were not sent: the streams' largest abs-max, and the count of non-finite numbers."""
+        self._inverse = torch.ones((), dtype=torch.float64, device=self.device)
+        self._cells: dict[int, tuple[Layout, Tensor]] = {}
+        self._graphs = Graphs(self.device)
+        self._readers = 0
+        """How often readers were made."""
         self._make_readers()
         self._updates = Updates(self.weight_shares, len(streams.streams), self.device, update_every)
 
     def _make_readers(self) -> None:
         held = self._squared = _without(self._families, {tensor.name for tensor in self.agreed}, self._parameters)
+        self._readers += 1
         number = len(self._streams.streams)
+        rows = number if self._sampled is None else 3 * number
+        layers = () if self._sampled is None else (self._sampled.layers(number),)
         self.shares: tuple[Share, ...] = shares(held, self._rank, self._proved)
         self.weight_shares = shares(self._families, self._rank, self._proved)
-        self._read: Reader = reader(self.shares, number, self.device)
+        self._read: Reader = reader((*self.shares, *layers), rows, self.device)
         everything = shares(held, self._rank, [False] * len(held))
-        self._read_in_full: Reader = reader(everything, number, self.device)
+        self._read_in_full: Reader = reader((*everything, *layers), rows, self.device)
 
     @property
     def replicated(self) -> bool:
@@ -165,31 +177,82 @@ class GradientMeter:
 
         Comm: one all_reduce(SUM). Sync: none.
         """
-        table = (self._read_in_full if in_full else self._read)(_gradient)
-        inverse: float | Tensor = 1.0
         scaled = scaler is not None and scaler.is_enabled()
-        if scaler is not None and scaled:
-            inverse = self._inverse_scale(scaler)
-            table = unscale(table, inverse)
-        cells, bad = scalar_cells(tuple(plan.scalars), numbers, samples, self.device)
-        cells[:, :3] /= self._collective.topology.model_peers
+        inverse: float | Tensor = self._inverse_scale(scaler) if scaler is not None and scaled else 1.0
         layout = plan.audit_layout if audit else plan.layout
-        fields = step_fields(table, cells, bad, epoch=epoch, scaled=scaled)
-        if set(self.summed_later()) - set(plan.tensors):
-            fields[STATE][3] = 1.0
+        draft = Draft(layout, self._rank, turn)
+        given = user_numbers(tuple(plan.scalars), numbers, samples, self.device)
+        unplanned = bool(set(self.summed_later()) - set(plan.tensors))
+        draft.say(STATE, [1.0, float(scaled), math.nan if epoch is None else epoch, float(unplanned)])
+        draft.say(SCALARS, given.cells)
+        draft.say(BAD, [given.bad])
+        if plan.of_step:
+            draft.say(FACTS, self._facts(samples).cells())
+            self._say_evidence(draft, plan, call, given)
+        draft.send(self.device, self._cells_of(layout))
+        for place, number in given.waiting:
+            draft.put(SCALARS, number, place)
+        if isinstance(inverse, Tensor):
+            self._inverse.copy_(inverse, non_blocking=True)
         if plan.tensors:
-            fields[LINEAR] = linear.cells(plan.tensors, self._parameters, self._copies, inverse, self.device)
+            draft.put(LINEAR, linear.cells(plan.tensors, self._parameters, self._copies, inverse, self.device))
         updates = plan.of_step and self._updates.pending
         if plan.of_step:
-            if self._sampled is not None:
-                place = list(plan.scalars).index(LOSS) if LOSS in plan.scalars else None
-                fields |= self._evidence(call, cells[place] if place is not None else None)
-            fields |= self._beside_gradients(samples, _inverse(scaler) if scaler is not None and scaled else 1.0)
-            fields |= self._since_last_turn(fields, in_turn=self._rank in layout.heard(turn))
+            self._put_beside(draft, _inverse(scaler) if scaler is not None and scaled else 1.0)
         if audit:
-            fields[CHECKSUMS] = self._checksums()
-        packet = layout.pack(fields, self._rank, self.device, turn)
-        return self._sent(plan, call, packet, turn=turn, audit=audit, shadow=False, updates=updates)
+            draft.put(CHECKSUMS, self._checksums())
+        in_turn = self._rank in layout.heard(turn)
+        read = self._read_in_full if in_full else self._read
+        source = _gradient if self._has_dtensors else _plain_gradient
+        again = read.found(source)
+        step = _Step(plan, draft, in_turn=in_turn, scaled=isinstance(inverse, Tensor), waiting=bool(given.waiting))
+        if again is None:
+            self._write(step, read(source))
+        else:
+            generation = 0 if self._sampled is None else self._sampled.generation
+            key = (id(layout), in_turn, step.scaled, step.waiting, in_full, self._readers, generation)
+            self._graphs.run(key, lambda: self._write(step, again()))
+        return self._sent(plan, call, draft.packet, turn=turn, audit=audit, shadow=False, updates=updates)
+
+    def _write(self, step: _Step, table: Tensor) -> None:
+        """What a step's packet says of the gradients and the weights, in place, after everything else.
+
+        The same operations on the same memory for equal `key`s, and the same table in. Sync: none on CUDA.
+        """
+        streams, draft = len(self._streams.streams), step.draft
+        if step.scaled:
+            table = unscale(table, self._inverse)
+        draft.at(MOMENTS).view(streams, ABS_MAX).copy_(table[:streams, :ABS_MAX])
+        maxima, bad = table[:streams, ABS_MAX], draft.at(BAD)
+        rows = draft.at(SCALARS).view(-1, 4)
+        if step.waiting:
+            bad.add_(finish_(rows))
+        if self._collective.topology.model_peers > 1:
+            rows[:, :3] /= self._collective.topology.model_peers
+        if step.plan.of_step and self._sampled is not None:
+            detail = draft.at(DETAIL)
+            if step.waiting and LOSS in step.plan.scalars:
+                loss = rows[list(step.plan.scalars).index(LOSS)]
+                detail[0] = loss[1] / loss[2]  # nan where it was not given, or is not finite
+            own = detail[2 + streams : 2 + 3 * streams].view(streams, 2)
+            self._sampled.write(table[streams:], draft.at(SAMPLES).view(streams, -1), own)
+        if step.plan.of_step and step.plan.layout.turns > 1:
+            # The largest abs-max and the count of non-finite numbers since this rank last filled its slots.
+            maxima = torch.maximum(self._kept[:-1], maxima)
+            bad.add_(self._kept[-1:])
+            if step.in_turn:
+                self._kept.zero_()
+            else:
+                self._kept.copy_(torch.cat([maxima, bad]))
+        draft.at(MAXIMA).copy_(maxima)
+
+    def _cells_of(self, layout: Layout) -> Tensor | None:
+        """Where packets of this layout are written on the device; on the host, nowhere in particular."""
+        if self.device.type == "cpu":
+            return None
+        if id(layout) not in self._cells:
+            self._cells[id(layout)] = (layout, torch.zeros(Draft.size(layout), dtype=torch.float64, device=self.device))
+        return self._cells[id(layout)][1]
 
     def shadow(self, plan: Plan, call: int, *, turn: int = 0, audit: bool = False) -> Measurement:
         """Take part with nothing to say. Comm: one all_reduce(SUM). Sync: none."""
@@ -289,40 +352,36 @@ class GradientMeter:
             self._sampled.stop()
             self._inputs.stop()
 
-    def _evidence(self, call: int, loss: Tensor | None) -> dict[str, Tensor]:
-        """What the evidence rules ask for. `loss`: its cells (sum, weighted sum, weight, present)."""
-        assert self._sampled is not None and self._inputs is not None
-        sums, weights = self._sampled.take(call)
-        own = torch.full((1,), math.nan, dtype=torch.float64, device=self.device)
-        if loss is not None:
-            own = (loss[1] / loss[2]).reshape(1)  # nan where it was not given, or is not finite
+    def _say_evidence(self, draft: Draft, plan: Plan, call: int, given: Numbers) -> None:
+        """What the host knows of what the evidence rules ask for."""
+        if self._sampled is None:
+            return
+        rows, unknown = self._sampled.begin(call)
+        loss = math.nan
+        if LOSS in plan.scalars and not given.waiting:
+            first = 4 * list(plan.scalars).index(LOSS)
+            _, weighted, weight, _ = given.cells[first : first + 4]
+            loss = weighted / weight if weight else math.nan
         in_eval = math.nan
         if self._moded:
             in_eval = sum(not module.training for module in self._moded) / len(self._moded)
         base = [_on_host(group.get("initial_lr", group.get("lr"))) for group in self._settings()]
-        said = torch.tensor([in_eval, *base], dtype=torch.float64).to(self.device, non_blocking=True)
-        return {SAMPLES: sums, DETAIL: torch.cat([own, said, weights.reshape(-1), self._inputs.take()])}
+        draft.say(SAMPLES, [cell for row in rows for cell in row])
+        draft.say(DETAIL, [loss, in_eval, *base, *(0.0, unknown) * len(rows)])
 
     def _settings(self) -> list[Mapping[str, Any]]:
         """Each stream's parameter group; empty where it has none."""
         return [self._optimizers[place[0]].param_groups[place[1]] if place else {} for place in self._groups]
 
-    def _beside_gradients(self, samples: float | Tensor | None, inverse_scale: float | Tensor) -> dict[str, Tensor]:
-        """What else a step's packet holds: facts of this rank, the last update, its own gradient."""
-        fields = {FACTS: torch.tensor(self._facts(samples).cells(), dtype=torch.float64)}
-        if self._updates.every:
-            fields[UPDATES] = self._updates.take()
+    def _put_beside(self, draft: Draft, inverse_scale: float | Tensor) -> None:
+        """What else a step's packet holds of the device: inputs, the last update, this rank's own gradient."""
+        if self._inputs is not None:
+            draft.put(DETAIL, self._inputs.take(), 2 + 3 * len(self._streams.streams))
+        update = self._updates.take()
+        if update is not None:
+            draft.put(UPDATES, update)
         if self._local is not None:
-            fields[LOCAL] = self._local.take(inverse_scale)
-        return fields
-
-    def _since_last_turn(self, fields: Mapping[str, Tensor], *, in_turn: bool) -> dict[str, Tensor]:
-        """The largest abs-max and the count of non-finite numbers since this rank last filled its slots."""
-        maxima, bad = fields[MAXIMA], fields[BAD]
-        if self._kept is not None:
-            maxima, bad = torch.maximum(self._kept[0], maxima), self._kept[1] + bad
-        self._kept = None if in_turn else (maxima, bad)
-        return {MAXIMA: maxima, BAD: bad}
+            draft.put(LOCAL, self._local.take(inverse_scale))
 
     def _facts(self, samples: float | Tensor | None) -> RankFacts:
         step, busy = self._clock.take()
@@ -367,6 +426,9 @@ def _inverse(scaler: torch.amp.GradScaler) -> float | Tensor:
     return 1.0 if scaler._scale is None else scaler._scale.double().reciprocal()
 
 
+_plain_gradient: Source = attrgetter("grad")
+
+
 def _gradient(parameter: nn.Parameter) -> Tensor | None:
     gradient = parameter.grad
     if gradient is None or (isinstance(gradient, DTensor) and any(p.is_partial() for p in gradient.placements)):
@@ -400,19 +462,23 @@ def _on_host(value: float | Tensor | None) -> float:
     return float(value)
 
 
-def step_fields(table: Tensor, cells: Tensor, bad: Tensor, *, epoch: float | None, scaled: bool) -> dict[str, Tensor]:
-    """A rank's moments [S, M], user cells [U, 4], count of non-finite numbers [] and state as fields of its packet.
-
-    The state says that the rank takes part, whether a GradScaler is in charge, and its epoch: a rank that shadows
-    the others under `Join` knows neither, and is to file the same.
-    """
-    state = torch.tensor([1.0, float(scaled), math.nan if epoch is None else epoch, 0.0], dtype=torch.float64)
-    return {STATE: state, MOMENTS: table[:, :ABS_MAX], MAXIMA: table[:, ABS_MAX], BAD: bad, SCALARS: cells}
-
-
 def unscale(table: Tensor, inverse_scale: float | Tensor) -> Tensor:
     """Moments of scaled gradients -> moments of the gradients. Shape: [S, 7]. Comm, Sync: none."""
     factors = torch.ones_like(table[0])
     factors[SUM] = factors[ABS_MAX] = inverse_scale
     factors[SQ_SUM] = inverse_scale * inverse_scale
     return table * factors
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What decides which operations write a packet."""
+
+    plan: Plan
+    draft: Draft
+    in_turn: bool
+    """Whether this rank's slots are sent."""
+    scaled: bool
+    """Whether gradients carry the loss scale."""
+    waiting: bool
+    """Whether any of the user's numbers came from the device."""

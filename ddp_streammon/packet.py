@@ -71,6 +71,18 @@ class Layout:
         """The ranks that have slots in the packets of `turn` (any count of packets sent before)."""
         return range(turn % self.turns, self.world_size, self.turns)
 
+    def spans(self, rank: int, turn: int = 0) -> dict[str, slice]:
+        """Where the cells of each plain field are, and those of this rank's slots; where it is not its turn the slots
+        lie behind the packet's end, and are not sent."""
+        start = _cells(self.plain) + rank // self.turns * _cells(self.slots)
+        starts = (0, start if rank in self.heard(turn) else self.size)
+        spans = {}
+        for start, fields in zip(starts, (self.plain, self.slots), strict=True):
+            for field in fields:
+                spans[field.name] = slice(start, start + math.prod(field.shape))
+                start = spans[field.name].stop
+        return spans
+
     def zeros(self, device: torch.device | None = None) -> Tensor:
         """The packet of a rank that has nothing to say. Shape: [K] float64."""
         return torch.zeros(self.size, dtype=torch.float64, device=device)
@@ -153,3 +165,49 @@ def _shaped(items: list[Any], shape: tuple[int, ...]) -> Any:
 
 def _cells(fields: Sequence[Field]) -> int:
     return sum(math.prod(field.shape) for field in fields)
+
+
+class Draft:
+    """A rank's packet as it is written: what the host knows first, in one copy, then what the device knows, in place.
+
+    `say` before `send`, `put` after it.
+    """
+
+    def __init__(self, layout: Layout, rank: int, turn: int = 0) -> None:
+        self.layout = layout
+        self.spans = layout.spans(rank, turn)
+        self._said = [0.0] * self.size(layout)
+        self._cells = torch.empty(0)
+
+    @staticmethod
+    def size(layout: Layout) -> int:
+        """Cells that it takes to write a packet: also those of slots that are not sent."""
+        return layout.size + _cells(layout.slots)
+
+    def say(self, name: str, values: Sequence[float], start: int = 0) -> None:
+        """Numbers of the host for a field's cells, from its cell number `start` on."""
+        first = self.spans[name].start + start
+        self._said[first : first + len(values)] = values
+
+    def send(self, device: torch.device, cells: Tensor | None = None) -> None:
+        """What was said goes to the device, into `cells` where they are given. Sync: none."""
+        on_host = device.type == "cpu"
+        said = torch.tensor(self._said, dtype=torch.float64, pin_memory=not on_host)
+        if cells is None:
+            self._cells = said if on_host else said.to(device, non_blocking=True)
+        else:
+            self._cells = cells.copy_(said, non_blocking=True)
+
+    def at(self, name: str) -> Tensor:
+        """The cells of a field, flat, to be written in place."""
+        return self._cells[self.spans[name]]
+
+    def put(self, name: str, values: Tensor, start: int = 0) -> None:
+        """Numbers of the device for a field's cells, from its cell number `start` on."""
+        flat = values.reshape(-1)
+        self.at(name)[start : start + len(flat)].copy_(flat, non_blocking=True)
+
+    @property
+    def packet(self) -> Tensor:
+        """What is sent. Shape: [K] float64."""
+        return self._cells[: self.layout.size]

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from ddp_streammon.moments import ELEMENTS as ELEMENTS_READ
+from ddp_streammon.moments import SQ_SUM
 from ddp_streammon.moments.torch import flat
-from ddp_streammon.shards import local
+from ddp_streammon.shards import Piece, Share, local
 from ddp_streammon.streams import StreamSet
 
 TENSORS, ELEMENTS = 48, 32_768
@@ -27,116 +30,131 @@ elements changed, of how many; mean squares of the gradient of its first and its
 gradient, and those of them that an optimizer holds; and 1 where a gradient of the step before was still there when the
 first of this one arrived."""
 _MODULUS = 2**32
+_requires_grad = attrgetter("requires_grad")
 
 
 class Sampled:
-    """Figures of samples of this rank's weights and gradients. Memory: two copies of the sampled weights.
+    """Figures of samples of this rank's weights and gradients. Memory: three copies of the sampled weights.
 
-    Comm: none. Sync: none.
+    `begin` says what the host knows, `write` does the rest on the device. Comm: none. Sync: none.
     """
 
     def __init__(self, streams: StreamSet, optimizers: Sequence[torch.optim.Optimizer], device: torch.device) -> None:
-        self._streams = streams
         self._optimizers = optimizers
         self._device = device
         self._all = [[item.parameter for item in stream.parameters] for stream in streams.streams]
-        self._trained: list[int] = []
-        self._parameters: list[list[nn.Parameter]] = []
-        self._views: list[list[Tensor]] = []
+        self._flat = [parameter for of_stream in self._all for parameter in of_stream]
+        self._trained: list[bool] = []
+        self._chosen: list[list[nn.Parameter]] = []
         self._addresses: list[int] = []
-        self._before: tuple[int, Tensor] | None = None
-        self._now: tuple[int, Tensor] | None = None
+        self._views: list[Tensor] = []
+        self._sizes: list[int] = []
+        self._now = self._before = self._change = torch.zeros(len(self._all), 0, device=device)
+        """[S, N] float32: each stream's sampled weights, the rest zeros; and memory to work in."""
+        self._slots: tuple[list[Tensor], list[Tensor]] = ([], [])
+        """Where each view's weights are in `_now` and `_before`."""
+        self.generation = 0
+        """Changes where `write` would do other operations, or those on other memory."""
+        self._seen_at = self._kept_at = -1
         self._group_sizes: tuple[int, ...] = ()
-        self._held: set[int] = set()
+        self._counts: list[tuple[int, int]] = []
         layers = {id(module.weight) for module in streams.model.modules() if isinstance(module, LAYERS)}
         self._ends = [ends([p for p in parameters if id(p) in layers]) for parameters in self._all]
         self._uncleared = Uncleared(self._all, device)
 
+    def layers(self, first: int) -> Share:
+        """Samples of the gradients of each stream's first and last layer, as streams number `first` and on."""
+        pieces = []
+        for number, pair in enumerate(self._ends):
+            for column, parameter in enumerate(pair):
+                if parameter is not None:
+                    size = min(local(parameter).numel(), LAYER)
+                    pieces.append(Piece(first + 2 * number + column, parameter, 0, size, whole=False))
+        return Share(tuple(pieces), 1.0)
+
     @torch.no_grad()
     def look(self, call: int) -> None:
         """Before the optimizer's step of `call`: remember the weights that it starts from."""
-        self._before = self._now if self._now is not None and self._now[0] == call else (call, self._weights())
+        if self._seen_at == call:
+            self._before.copy_(self._now)
+        else:
+            self._find()
+            torch._foreach_copy_(self._slots[1], self._views)
+        self._kept_at = call
+
+    def begin(self, call: int) -> tuple[list[list[float]], float]:
+        """The rows of `SUMS`, zeros where `write` is to write; and what is to be added to the norms of changes: nan
+        where nothing was remembered of the call before."""
+        self._find()
+        self._seen_at = call
+        known = self._kept_at == call - 1
+        self._uncleared.begin()
+        rows = [
+            [0.0, 0.0, 0.0, float(size if known else 0), 0.0, 0.0, float(trainable), float(optimized), 0.0]
+            for size, (trainable, optimized) in zip(self._sizes, self._tensors(), strict=True)
+        ]
+        return rows, 0.0 if known else math.nan
 
     @torch.no_grad()
-    def take(self, call: int) -> tuple[Tensor, Tensor]:
-        """What adds up over ranks, [S, 9] float64 (`SUMS`), and what each rank says for itself, [S, 2]: a number below
-        2^32 that is the same for the same weights, and the norm of their change (nan where nothing was remembered of
-        the call before)."""
-        now = self._weights()
-        self._now = (call, now)
-        known = self._before is not None and self._before[0] == call - 1 and len(self._before[1]) == len(now)
-        before = self._before[1] if known and self._before is not None else now
-        change = (now - before).square()
-        squares = now.square()
-        moved = change != 0
-        words = now.view(torch.int32)
-        rows, own = [], []
-        start = 0
-        counts = self._counts()
-        layers = self._layers()
-        for views in self._views:
-            stop = start + sum(map(len, views))
-            size = torch.full((), float(stop - start) if known else 0.0, dtype=torch.float64, device=self._device)
-            part = change[start:stop].sum(dtype=torch.float64)
-            weight = squares[start:stop].sum(dtype=torch.float64)
-            rows.append(torch.stack([part, weight, moved[start:stop].sum().double(), size]))
-            bits = words[start:stop].sum(dtype=torch.int64).remainder(_MODULUS).double()
-            own.append(torch.stack([bits, part.sqrt() if known else torch.full_like(part, math.nan)]))
-            start = stop
-        table = torch.cat([torch.stack(rows), layers, counts, self._uncleared.take()[:, None]], dim=1)
-        return table, torch.stack(own)
+    def write(self, layers: Tensor, sums: Tensor, own: Tensor) -> None:
+        """The sampled figures, in place. The same operations each time, on the same memory.
 
-    def counts(self) -> list[tuple[int, int]]:
+        Shape: the moments of `layers` [2 S, 7] in; `sums` [S, 9] (`SUMS`), which add up over ranks; `own` [S, 2]: a
+        number below 2^32 that is the same for the same weights, and the norm of their change, which is added.
+        """
+        now, change = self._now, self._change
+        if self._views:
+            torch._foreach_copy_(self._slots[0], self._views)
+        moved = torch.linalg.vector_norm(torch.sub(now, self._before, out=change), dim=1).double()
+        sums[:, 0] = moved.square()
+        sums[:, 1] = torch.linalg.vector_norm(now, dim=1).double().square()
+        sums[:, 2] = change.ne_(0).sum(dim=1)
+        sums[:, 4:6] = (layers[:, SQ_SUM] / layers[:, ELEMENTS_READ]).view(-1, 2)
+        sums[:, 8] = self._uncleared.take()
+        own[:, 0] = _bits(now)
+        own[:, 1] += moved
+
+    def _tensors(self) -> list[tuple[int, int]]:
         """For each stream its tensors that require a gradient, and those of them that an optimizer holds."""
         sizes = tuple(len(group["params"]) for optimizer in self._optimizers for group in optimizer.param_groups)
-        if sizes != self._group_sizes:
+        if sizes != self._group_sizes or not self._counts:
             self._group_sizes = sizes
             groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
-            self._held = {id(parameter) for group in groups for parameter in group["params"]}
-        trained = [[p for p in parameters if p.requires_grad] for parameters in self._all]
-        return [(len(of), sum(id(p) in self._held for p in of)) for of in trained]
+            held = {id(parameter) for group in groups for parameter in group["params"]}
+            of_streams = [[p for p in parameters if p.requires_grad] for parameters in self._all]
+            self._counts = [(len(of), sum(id(p) in held for p in of)) for of in of_streams]
+        return self._counts
 
     def stop(self) -> None:
         """Take the hooks off."""
         self._uncleared.stop()
 
-    def _counts(self) -> Tensor:
-        return torch.tensor(self.counts(), dtype=torch.float64).to(self._device, non_blocking=True)
-
-    def _weights(self) -> Tensor:
-        """The sampled weights, stream after stream. Shape: [N] float32."""
-        trained = [sum(parameter.requires_grad for parameter in parameters) for parameters in self._all]
-        if trained != self._trained:
+    def _find(self) -> None:
+        """Look where the sampled weights are; choose them anew where others are trained."""
+        trained = list(map(_requires_grad, self._flat))
+        others = trained != self._trained
+        if others:
             self._trained = trained
-            self._parameters = [_spread(parameters) for parameters in self._all]
-        addresses = [local(parameter).data_ptr() for parameters in self._parameters for parameter in parameters]
-        if addresses != self._addresses:
+            self._chosen = [_spread(parameters) for parameters in self._all]
+            self._counts = []
+        addresses = [local(parameter).data_ptr() for of_stream in self._chosen for parameter in of_stream]
+        if others or addresses != self._addresses:
             self._addresses = addresses
-            self._views = [_views(parameters) for parameters in self._parameters]
-        views = [view for of_stream in self._views for view in of_stream]
-        if not views:
-            return torch.zeros(0, device=self._device)
-        if len({view.dtype for view in views}) > 1 or views[0].dtype != torch.float32:
-            views = [view.float() for view in views]
-        return torch.cat(views)
+            self.generation += 1
+            self._place([_views(of_stream) for of_stream in self._chosen], anew=others)
 
-    def _layers(self) -> Tensor:
-        """[S, 2] mean squares of the gradients of each stream's first and last layer; nan where there is none."""
-        found: list[Tensor] = []
-        places: list[tuple[int, int]] = []
-        for number, (first, last) in enumerate(self._ends):
-            for column, parameter in enumerate((first, last)):
-                gradient = None if parameter is None else parameter.grad
-                if gradient is not None and gradient.layout == torch.strided:
-                    found.append(flat(local(gradient))[:LAYER])
-                    places.append((number, column))
-        table = torch.full((len(self._ends), 2), math.nan, dtype=torch.float64, device=self._device)
-        if found:
-            norms = torch.stack(torch._foreach_norm(found)).double()
-            sizes = torch.tensor([float(max(len(part), 1)) for part in found], dtype=torch.float64)
-            rows = torch.tensor(places).to(self._device, non_blocking=True)
-            table[rows[:, 0], rows[:, 1]] = norms.square() / sizes.to(self._device, non_blocking=True)
-        return table
+    def _place(self, per_stream: list[list[Tensor]], *, anew: bool) -> None:
+        """Take over views of the sampled weights; `anew`: what is remembered is of other weights."""
+        self._views = [view for views in per_stream for view in views]
+        sizes = [sum(map(len, views)) for views in per_stream]
+        if anew or sizes != self._sizes:
+            self._sizes = sizes
+            even = max(sizes) + max(sizes) % 2  # read in words of two, too
+            self._now = torch.zeros(len(sizes), even, device=self._device)
+            self._before = torch.zeros_like(self._now)
+            self._change = torch.zeros_like(self._now)
+            self._slots = (_rows(self._now, per_stream), _rows(self._before, per_stream))
+            self._kept_at = -1
 
 
 class Uncleared:
@@ -147,25 +165,26 @@ class Uncleared:
     """
 
     def __init__(self, parameters: Sequence[Sequence[nn.Parameter]], device: torch.device) -> None:
-        self.armed = True
-        self._device = device
-        self._found: list[Tensor | None] = [None] * len(parameters)
+        self._found = torch.zeros(len(parameters), device=device)
+        """[S] the largest absolute value of what was there; 0 also where nothing arrived."""
+        self._asked = [False] * len(parameters)
         self._hooks: list[RemovableHandle] = []
         for number, of_stream in enumerate(parameters):
             trained = [p for p in of_stream if p.requires_grad and not isinstance(p, DTensor)]
             wanted = min(trained, key=lambda p: (p.dim() < 2, p.numel()), default=None)
             if wanted is not None:
-                arrived = _Arrived(self._found, number, wanted)
+                arrived = _Arrived(self._asked, number, self._found[number], wanted)
                 self._hooks.append(wanted.register_hook(arrived))  # type: ignore[no-untyped-call]
 
+    def begin(self) -> None:
+        """The next gradients that arrive are another step's."""
+        self._asked[:] = [False] * len(self._asked)
+
     def take(self) -> Tensor:
-        """[S] 1 where a gradient was still there; 0 also where nothing arrived."""
-        cells = [
-            torch.zeros((), dtype=torch.float64, device=self._device) if found is None else (found != 0).double()
-            for found in self._found
-        ]
-        self._found[:] = [None] * len(cells)
-        return torch.stack(cells)
+        """[S] 1 where a gradient was still there."""
+        there = self._found != 0
+        self._found.zero_()
+        return there
 
     def stop(self) -> None:
         """Take the hooks off."""
@@ -176,16 +195,17 @@ class Uncleared:
 class _Arrived:
     """The hook of one parameter: looks at its gradient before the first addition of a step."""
 
-    def __init__(self, found: list[Tensor | None], number: int, parameter: nn.Parameter) -> None:
-        self._found, self._number, self._parameter = found, number, parameter
+    def __init__(self, asked: list[bool], number: int, found: Tensor, parameter: nn.Parameter) -> None:
+        self._asked, self._number, self._found, self._parameter = asked, number, found, parameter
 
     def __call__(self, _: Tensor) -> None:
-        if self._found[self._number] is None:
+        if self._asked[self._number]:
+            return
+        self._asked[self._number] = True
+        gradient = self._parameter.grad
+        if gradient is not None and gradient.layout == torch.strided:
             with torch.no_grad():
-                gradient = self._parameter.grad
-                zero = torch.zeros((), device=self._parameter.device)
-                sample = None if gradient is None or gradient.layout != torch.strided else flat(gradient)[:LAYER]
-                self._found[self._number] = zero if sample is None else torch.linalg.vector_norm(sample, math.inf)
+                self._found.copy_(torch.linalg.vector_norm(flat(gradient)[:LAYER], math.inf))
 
 
 def ends(kernels: Sequence[nn.Parameter]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
@@ -212,3 +232,17 @@ def _views(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         allowed[place] = min(len(flats[place]), room // (len(flats) - rest))
         room -= allowed[place]
     return [view[: allowed[place]] for place, view in enumerate(flats)]
+
+
+def _rows(table: Tensor, per_stream: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Where views of each stream go, one after the other in its row of [S, N]."""
+    slots: list[Tensor] = []
+    for row, views in zip(table, per_stream, strict=True):
+        slots += torch.split(row[: sum(map(len, views))], [len(view) for view in views]) if views else []
+    return slots
+
+
+def _bits(table: Tensor) -> Tensor:
+    """Of each row of [S, N] float32, N even, a number below 2^32 that is the same for the same bits."""
+    total = table.view(torch.int64).sum(dim=1)
+    return (total.remainder(_MODULUS) + (total >> 32)).remainder(_MODULUS)

@@ -51,11 +51,9 @@ class Updates:
         if self._armed:
             self._copy()
 
-    def take(self) -> Tensor:
-        """[S, 2] squared norms of the last update and of the weights before it; zeros where there is nothing new."""
+    def take(self) -> Tensor | None:
+        """[S, 2] squared norms of the last update and of the weights before it; None where there is nothing new."""
         table, self._table = self._table, None
-        if table is None:
-            return torch.zeros(self._num_streams, 2, dtype=torch.float64, device=self._device)
         return table
 
     def _weights(self) -> list[Tensor]:

@@ -4,70 +4,74 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ddp_streammon.stats import ScalarLike, Total
 
+_NOTHING = [0.0, 0.0, 0.0, 0.0]
 
-def scalar_cells(
-    names: Sequence[str], values: Mapping[str, ScalarLike | None], samples: float | Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """A rank's numbers as cells (sum, weighted sum, weight, present) and how many of them are not finite.
 
-    Shape: [U, 4] and [] float64. Comm: none. Sync: none for numbers on `device` (those elsewhere are copied).
+@dataclass(frozen=True)
+class Numbers:
+    """A rank's numbers, as cells (sum, weighted sum, weight, present) each.
+
+    Where some are on a device, those are `waiting`, by the place of their cell, and the second cell of every row is
+    what the first is to be multiplied by (`finish_`).
     """
+
+    cells: list[float]
+    """[U x 4]"""
+    bad: float
+    """How many numbers are not finite; they count for nothing."""
+    waiting: tuple[tuple[int, Tensor], ...] = ()
+
+
+def user_numbers(
+    names: Sequence[str], values: Mapping[str, ScalarLike | None], samples: float | Tensor | None, device: torch.device
+) -> Numbers:
+    """A rank's numbers in the order of `names`.
+
+    Comm: none. Sync: none where `device` is not the CPU (there numbers of another device are read)."""
     weight: float | Tensor = 1.0 if samples is None else samples
-    if device.type == "cpu":
-        rows = [_row(_floats(values.get(name)), _float(weight)) for name in names]
-        finite = [all(math.isfinite(cell) for cell in row) for row in rows]
-        cells = [row if good else _NOTHING for row, good in zip(rows, finite, strict=True)]
-        bad = float(len(finite) - sum(finite))
-        return torch.tensor(cells, dtype=torch.float64).view(-1, 4), torch.tensor(bad, dtype=torch.float64)
-    matrix = _on_device([_row(values.get(name), weight) for name in names], device)
-    good = torch.isfinite(matrix).all(dim=1, keepdim=True)
-    return torch.where(good, matrix, 0.0), (~good).sum().double()
+    rows = [_row(values.get(name), weight) for name in names]
+    cells = [cell for row in rows for cell in row]
+    waiting = tuple(
+        (place, cell) for place, cell in enumerate(cells) if isinstance(cell, Tensor) and cell.device.type != "cpu"
+    )
+    if device.type == "cpu" or not waiting:
+        known = [list(map(float, row)) for row in rows]
+        finished = [[value, value * factor, of, present] for value, factor, of, present in known]
+        good = [all(map(math.isfinite, row)) for row in finished]
+        kept = [row if is_good else _NOTHING for row, is_good in zip(finished, good, strict=True)]
+        return Numbers([cell for row in kept for cell in row], float(good.count(False)))
+    places = {place for place, _ in waiting}
+    return Numbers([0.0 if place in places else float(cell) for place, cell in enumerate(cells)], 0.0, waiting)
 
 
-_Row: TypeAlias = "tuple[float | Tensor, float | Tensor, float | Tensor, float]"
-_NOTHING = (0.0, 0.0, 0.0, 0.0)
+def finish_(cells: Tensor) -> Tensor:
+    """Cells of `Numbers` of which some came from a device, in place; how many are not finite, [] float64.
+
+    Shape: [U, 4] float64. Comm, Sync: none.
+    """
+    cells[:, 1] *= cells[:, 0]
+    good = torch.isfinite(cells).all(dim=1, keepdim=True)
+    cells.copy_(torch.where(good, cells, 0.0))
+    return (~good).sum().double()
 
 
-def _row(value: ScalarLike | None, weight: float | Tensor) -> _Row:
+def _row(value: ScalarLike | None, weight: float | Tensor) -> Sequence[float | Tensor]:
+    """(value, what it is multiplied by for the weighted sum, weight, present)."""
     if value is None:
         return _NOTHING
     if isinstance(value, Total):
-        return value.value, value.value, 1.0, 1.0
+        return _plain(value.value), 1.0, 1.0, 1.0
     if isinstance(value, tuple):
-        return value[0], value[0], value[1], 1.0
-    return value, value * weight, weight, 1.0
+        return _plain(value[0]), 1.0, _plain(value[1]), 1.0
+    return _plain(value), _plain(weight), _plain(weight), 1.0
 
 
-def _floats(value: ScalarLike | None) -> ScalarLike | None:
-    """The same number with Python floats in place of tensors."""
-    if value is None:
-        return None
-    if isinstance(value, Total):
-        return Total(_float(value.value))
-    return (_float(value[0]), _float(value[1])) if isinstance(value, tuple) else _float(value)
-
-
-def _float(value: float | Tensor) -> float:
-    return float(value.detach()) if isinstance(value, Tensor) else float(value)
-
-
-def _on_device(rows: Sequence[_Row], device: torch.device) -> Tensor:
-    """Numbers and one-element tensors -> [U, 4] float64 on `device`, without waiting for it."""
-    flat = [cell for row in rows for cell in row]
-    if not any(isinstance(cell, Tensor) and cell.device != torch.device("cpu") for cell in flat):
-        host = torch.tensor([_float(cell) for cell in flat], dtype=torch.float64)
-        return host.to(device, non_blocking=True).view(-1, 4)
-    cells = [
-        cell.detach().double().reshape(()).to(device, non_blocking=True)
-        if isinstance(cell, Tensor)
-        else torch.full((), float(cell), dtype=torch.float64, device=device)
-        for cell in flat
-    ]
-    return torch.stack(cells).view(-1, 4)
+def _plain(value: float | Tensor) -> float | Tensor:
+    return value.detach() if isinstance(value, Tensor) else value
