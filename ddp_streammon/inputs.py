@@ -12,17 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ddp_streammon.moments import add_sample, sample
 from ddp_streammon.shards import local
 from ddp_streammon.streams import StreamSet, unwrap
 
-ITEMS, FEATURES = 32, 1024
-"""Of a batch: the first items, and of each so many features at equal distances."""
 COLUMNS = ("calls", "mean", "std", "abs_max", "nonfinite", "constant", "first_mean", "first_std")
 """Of a stream's inputs since they were last taken: calls; mean, standard deviation (nan for integers) and largest
 absolute value of the finite ones; how many are not finite; 1 where all items of each call are equal; and mean and
 standard deviation of what its first linear or convolution layer sees (nan where there is none)."""
-_SUM, _SQ_SUM, _COUNT, _BAD, _CONSTANT, _PRINT, _MAX = range(7)
-_MODULUS = 2**32
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
@@ -30,6 +27,7 @@ class Inputs:
     """Looks at the first tensor that each stream's root is called with, and at what its first layer sees.
 
     Forwards in training count: those with gradients, or of a model in training mode. Compiled code is not looked into.
+    `begin` says what the host knows, `write` does the rest on the device.
     Comm: none. Sync: none. It draws nothing and changes nothing.
     """
 
@@ -37,9 +35,10 @@ class Inputs:
         self.armed = True
         """Whether the forwards from now on belong to a monitored step."""
         self._model = model
-        self._device = device
         self._number = len(streams.streams)
-        self._seen: list[list[Tensor]] = [[] for _ in range(2 * self._number)]
+        self._seen = torch.zeros(2 * self._number, sample.COLUMNS, dtype=torch.float64, device=device)
+        """Of each stream what its root has seen since the last step, and what its first layer has."""
+        self._calls = [0] * (2 * self._number)
         self._hooks: list[RemovableHandle] = []
         self.watched = tuple(bool(stream.roots) for stream in streams.streams)
         """For each stream whether it has a module whose inputs can be seen."""
@@ -58,41 +57,46 @@ class Inputs:
         """A forward begins."""
         tensor = next((value for value in (*args, *kwargs.values()) if _can_be_read(value)), None)
         if tensor is not None:
-            whole = local(tensor.detach())
-            self._seen[place].append(_figures(whole, len(whole) if place % 2 == 0 else 0))
+            self._calls[place] += 1
+            add_sample(self._seen[place], local(tensor.detach()), compare=place % 2 == 0)
 
     def wanted(self) -> bool:
         """Whether this forward is one of training."""
         return self.armed and (torch.is_grad_enabled() or self._model.training)
 
+    def begin(self) -> list[float]:
+        """What is to stand where `write` writes: each stream's calls in the first of its cells. The next forwards are
+        another step's."""
+        rows = [[float(calls), *(0.0,) * (len(COLUMNS) - 1)] for calls in self._calls[::2]]
+        self._calls = [0] * len(self._calls)
+        return [*(cell for row in rows for cell in row), 0.0]
+
     @torch.no_grad()
-    def take(self) -> Tensor:
-        """What was seen since the last time. Shape: [S x 8 + 1] float64: `COLUMNS` of each stream, and a number below
-        2^32 that is the same for the same batch (nan where nothing was seen)."""
-        rows = [self._row(2 * number) for number in range(self._number)]
-        prints = [torch.stack(seen)[:, _PRINT].sum() for seen in self._seen[::2] if seen]
-        batch = torch.stack(prints).sum().remainder(_MODULUS) if prints else self._nan(1)[0]
-        for seen in self._seen:
-            seen.clear()
-        return torch.cat([*rows, batch.reshape(1)])
+    def write(self, cells: Tensor) -> None:
+        """What was seen since the last time, in place. The same operations each time, on the same memory.
+
+        Shape: [S x 8 + 1] float64: `COLUMNS` of each stream, and a number below 2^32 that is the same for the same
+        batch (nan where nothing was seen).
+        """
+        rows, seen = cells[:-1].view(self._number, len(COLUMNS)), self._seen
+        calls = rows[:, 0]
+        none = torch.where(calls > 0, 0.0, math.nan)
+        means = seen[:, sample.SUM] / seen[:, sample.COUNT]
+        variances = seen[:, sample.SQ_SUM] / seen[:, sample.COUNT] - means * means
+        moments = torch.stack([means, variances.clamp_min(0).sqrt()], dim=1).view(self._number, 4)
+        rows[:, 1:3], rows[:, 6:8] = moments[:, :2], moments[:, 2:]
+        roots = seen[::2]
+        rows[:, 3] = roots[:, sample.ABS_MAX] + none
+        rows[:, 4] = roots[:, sample.BAD] + none
+        rows[:, 5] = (roots[:, sample.CONSTANT] == calls) + none
+        batch = roots[:, sample.BITS].sum().remainder(sample.MODULUS)
+        cells[-1] = torch.where(calls.sum() > 0, batch, math.nan)
+        seen.zero_()
 
     def stop(self) -> None:
         """Take the hooks off."""
         for hook in self._hooks:
             hook.remove()
-
-    def _row(self, place: int) -> Tensor:
-        if not self._seen[place]:
-            return torch.cat([torch.zeros(1, dtype=torch.float64, device=self._device), self._nan(7)])
-        table = torch.stack(self._seen[place]).to(self._device)
-        mean, std = _moments(table)
-        calls = torch.full((), float(len(table)), dtype=torch.float64, device=self._device)
-        first = _moments(torch.stack(self._seen[place + 1]).to(self._device)) if self._seen[place + 1] else self._nan(2)
-        cells = (calls, mean, std, table[:, _MAX].amax(), table[:, _BAD].sum(), table[:, _CONSTANT].amin(), *first)
-        return torch.stack(cells)
-
-    def _nan(self, cells: int) -> Tensor:
-        return torch.full((cells,), math.nan, dtype=torch.float64, device=self._device)
 
 
 def first_layer(root: nn.Module) -> nn.Module | None:
@@ -108,51 +112,6 @@ def _can_be_read(value: Any) -> bool:
     """Whether it is a batch of plain numbers in memory."""
     strided = isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
     return strided and value.dim() > 1 and value.numel() > 0 and not value.is_complex()
-
-
-def _moments(table: Tensor) -> tuple[Tensor, Tensor]:
-    count = table[:, _COUNT].sum()
-    mean = table[:, _SUM].sum() / count
-    return mean, (table[:, _SQ_SUM].sum() / count - mean * mean).clamp_min(0).sqrt()
-
-
-def _figures(tensor: Tensor, items: int) -> Tensor:
-    """The figures of a sample of one tensor, [7] float64 on its device. `items`: how many the batch has, of which the
-    first of this number are compared; 0: none are."""
-    sample = _sample(tensor)
-    numbers = sample.is_floating_point()
-    bits = _bits(sample)
-    constant = (sample == sample[:1]).all().double() if min(items, len(sample)) > 1 else torch.zeros_like(bits)
-    values = sample.float() if numbers else sample.abs().double()
-    finite = torch.isfinite(values)
-    values = torch.where(finite, values, 0)
-    count = finite.sum().double()
-    if numbers:
-        wide = values.double()
-        sums = (wide.sum(), torch.linalg.vector_norm(wide).square(), count)
-    else:
-        sums = (torch.full_like(count, math.nan), torch.full_like(count, math.nan), count)
-    bad = values.numel() - count
-    return torch.stack([*sums, bad, constant, bits, torch.linalg.vector_norm(values, math.inf).double()])
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """[items, features] of a batch, in memory order, without a copy of more than that where memory has no gaps."""
-    few = tensor[:ITEMS]
-    inner = sorted(range(1, few.dim()), key=few.stride, reverse=True)
-    table = few.permute(0, *inner).reshape(len(few), -1)
-    return table[:, :: max(1, -(-table.shape[1] // FEATURES))]
-
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bits(sample: Tensor) -> Tensor:
-    """A sum of the sample's bits that depends on their order, [] float64 below 2^32."""
-    whole = sample.contiguous()
-    words = whole.view(_INTEGERS.get(whole.element_size(), whole.dtype)).reshape(-1).long()
-    places = torch.arange(1, 2 * len(words), 2, device=words.device)
-    return (words * places).sum().remainder(_MODULUS).double()
 
 
 class _Seen:

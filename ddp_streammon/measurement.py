@@ -66,10 +66,11 @@ class GradientMeter:
         update_every: int = 0,
         local_gradients: bool = False,
         evidence: bool = False,
+        every: int = 1,
         peers: Sequence[int] | None = None,
     ) -> None:
         """`model` as it is trained, wrappers included. `peers`: the ranks that see the same data as this one.
-        `evidence`: measure what the evidence rules ask for, too.
+        `evidence`: measure what the evidence rules ask for, too. `every`: calls from one measurement to the next.
 
         Comm: one all_gather_object of what each rank holds, and whose data it sees. Errors: ValueError for FSDP1, by
         module, and for peers that do not share out the ranks.
@@ -98,7 +99,7 @@ class GradientMeter:
         self._proved = [False] * len(self._families)
         self._clock = Clock(model)
         self._local = LocalGradients(streams, model, self.device) if local_gradients else None
-        self._sampled = Sampled(streams, self._optimizers, self.device) if evidence else None
+        self._sampled = Sampled(streams, self._optimizers, self.device, every) if evidence else None
         self._inputs = Inputs(streams, model, self.device) if evidence else None
         self._moded = [module for module in model.modules() if isinstance(module, MODED)] if evidence else []
         self._kept = torch.zeros(len(streams.streams) + 1, dtype=torch.float64, device=self.device)
@@ -206,7 +207,7 @@ class GradientMeter:
         source = _gradient if self._has_dtensors else _plain_gradient
         again = read.found(source)
         step = _Step(plan, draft, in_turn=in_turn, scaled=isinstance(inverse, Tensor), waiting=bool(given.waiting))
-        if again is None:
+        if again is None or audit:  # an audit is too rare to be recorded
             self._write(step, read(source))
         else:
             generation = 0 if self._sampled is None else self._sampled.generation
@@ -229,13 +230,14 @@ class GradientMeter:
             bad.add_(finish_(rows))
         if self._collective.topology.model_peers > 1:
             rows[:, :3] /= self._collective.topology.model_peers
-        if step.plan.of_step and self._sampled is not None:
+        if step.plan.of_step and self._sampled is not None and self._inputs is not None:
             detail = draft.at(DETAIL)
             if step.waiting and LOSS in step.plan.scalars:
                 loss = rows[list(step.plan.scalars).index(LOSS)]
                 detail[0] = loss[1] / loss[2]  # nan where it was not given, or is not finite
             own = detail[2 + streams : 2 + 3 * streams].view(streams, 2)
             self._sampled.write(table[streams:], draft.at(SAMPLES).view(streams, -1), own)
+            self._inputs.write(detail[2 + 3 * streams :])
         if step.plan.of_step and step.plan.layout.turns > 1:
             # The largest abs-max and the count of non-finite numbers since this rank last filled its slots.
             maxima = torch.maximum(self._kept[:-1], maxima)
@@ -354,7 +356,7 @@ class GradientMeter:
 
     def _say_evidence(self, draft: Draft, plan: Plan, call: int, given: Numbers) -> None:
         """What the host knows of what the evidence rules ask for."""
-        if self._sampled is None:
+        if self._sampled is None or self._inputs is None:
             return
         rows, unknown = self._sampled.begin(call)
         loss = math.nan
@@ -367,16 +369,14 @@ class GradientMeter:
             in_eval = sum(not module.training for module in self._moded) / len(self._moded)
         base = [_on_host(group.get("initial_lr", group.get("lr"))) for group in self._settings()]
         draft.say(SAMPLES, [cell for row in rows for cell in row])
-        draft.say(DETAIL, [loss, in_eval, *base, *(0.0, unknown) * len(rows)])
+        draft.say(DETAIL, [loss, in_eval, *base, *(0.0, unknown) * len(rows), *self._inputs.begin()])
 
     def _settings(self) -> list[Mapping[str, Any]]:
         """Each stream's parameter group; empty where it has none."""
         return [self._optimizers[place[0]].param_groups[place[1]] if place else {} for place in self._groups]
 
     def _put_beside(self, draft: Draft, inverse_scale: float | Tensor) -> None:
-        """What else a step's packet holds of the device: inputs, the last update, this rank's own gradient."""
-        if self._inputs is not None:
-            draft.put(DETAIL, self._inputs.take(), 2 + 3 * len(self._streams.streams))
+        """What else a step's packet holds of the device: the last update, this rank's own gradient."""
         update = self._updates.take()
         if update is not None:
             draft.put(UPDATES, update)

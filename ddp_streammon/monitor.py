@@ -116,6 +116,7 @@ class StreamMonitor(Joinable):
             update_every=self.config.update_every,
             local_gradients=self.config.local_gradients,
             evidence=self.config.rules is RuleSet.evidence,
+            every=self.config.every,
             peers=model_peers,
         )
         self._engine = self._make_engine() if self.config.rules is RuleSet.evidence else None

@@ -74,14 +74,21 @@ class Layout:
     def spans(self, rank: int, turn: int = 0) -> dict[str, slice]:
         """Where the cells of each plain field are, and those of this rank's slots; where it is not its turn the slots
         lie behind the packet's end, and are not sent."""
-        start = _cells(self.plain) + rank // self.turns * _cells(self.slots)
-        starts = (0, start if rank in self.heard(turn) else self.size)
-        spans = {}
-        for start, fields in zip(starts, (self.plain, self.slots), strict=True):
-            for field in fields:
-                spans[field.name] = slice(start, start + math.prod(field.shape))
-                start = spans[field.name].stop
-        return spans
+        in_turn = rank in self.heard(turn)
+        if (rank, in_turn) not in self._spans:
+            own = _cells(self.plain) + rank // self.turns * _cells(self.slots)
+            starts = (0, own if in_turn else self.size)
+            found = self._spans[rank, in_turn] = {}
+            for start, fields in zip(starts, (self.plain, self.slots), strict=True):
+                for field in fields:
+                    found[field.name] = slice(start, start + math.prod(field.shape))
+                    start = found[field.name].stop
+        return self._spans[rank, in_turn]
+
+    @cached_property
+    def _spans(self) -> dict[tuple[int, bool], dict[str, slice]]:
+        """Those that were asked for."""
+        return {}
 
     def zeros(self, device: torch.device | None = None) -> Tensor:
         """The packet of a rank that has nothing to say. Shape: [K] float64."""

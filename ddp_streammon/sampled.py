@@ -39,9 +39,13 @@ class Sampled:
     `begin` says what the host knows, `write` does the rest on the device. Comm: none. Sync: none.
     """
 
-    def __init__(self, streams: StreamSet, optimizers: Sequence[torch.optim.Optimizer], device: torch.device) -> None:
+    def __init__(
+        self, streams: StreamSet, optimizers: Sequence[torch.optim.Optimizer], device: torch.device, every: int
+    ) -> None:
+        """`every`: calls from one `write` to the next; after each, where it is 1, comes a change to be seen."""
         self._optimizers = optimizers
         self._device = device
+        self._remembers = every == 1
         self._all = [[item.parameter for item in stream.parameters] for stream in streams.streams]
         self._flat = [parameter for of_stream in self._all for parameter in of_stream]
         self._trained: list[bool] = []
@@ -55,7 +59,7 @@ class Sampled:
         """Where each view's weights are in `_now` and `_before`."""
         self.generation = 0
         """Changes where `write` would do other operations, or those on other memory."""
-        self._seen_at = self._kept_at = -1
+        self._kept_at = -1
         self._group_sizes: tuple[int, ...] = ()
         self._counts: list[tuple[int, int]] = []
         layers = {id(module.weight) for module in streams.model.modules() if isinstance(module, LAYERS)}
@@ -74,20 +78,19 @@ class Sampled:
 
     @torch.no_grad()
     def look(self, call: int) -> None:
-        """Before the optimizer's step of `call`: remember the weights that it starts from."""
-        if self._seen_at == call:
-            self._before.copy_(self._now)
-        else:
+        """Before the optimizer's step of `call`: remember the weights that it starts from, unless `write` has."""
+        if self._kept_at != call:
             self._find()
             torch._foreach_copy_(self._slots[1], self._views)
-        self._kept_at = call
+            self._kept_at = call
 
     def begin(self, call: int) -> tuple[list[list[float]], float]:
         """The rows of `SUMS`, zeros where `write` is to write; and what is to be added to the norms of changes: nan
         where nothing was remembered of the call before."""
         self._find()
-        self._seen_at = call
         known = self._kept_at == call - 1
+        if self._remembers:
+            self._kept_at = call
         self._uncleared.begin()
         rows = [
             [0.0, 0.0, 0.0, float(size if known else 0), 0.0, 0.0, float(trainable), float(optimized), 0.0]
@@ -113,6 +116,8 @@ class Sampled:
         sums[:, 8] = self._uncleared.take()
         own[:, 0] = _bits(now)
         own[:, 1] += moved
+        if self._remembers:
+            self._before.copy_(now)
 
     def _tensors(self) -> list[tuple[int, int]]:
         """For each stream its tensors that require a gradient, and those of them that an optimizer holds."""

@@ -362,6 +362,55 @@ def test_gradients_on_another_device_are_added() -> None:
     assert_close(case.read()(case.source), case.twin())
 
 
+# Samples of batches -----------------------------------------------------------------------------------------------
+
+
+def batch_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if dtype is torch.bool:
+        return torch.rand(shape, device=DEVICE) > 0.5
+    if not dtype.is_floating_point:
+        return torch.randint(0 if dtype is torch.uint8 else -100, 100, shape, dtype=dtype, device=DEVICE)
+    return random(*shape).to(dtype)
+
+
+BATCH_SHAPES = [(1, 3), (2, 1), (7, 300), (40, 1024), (33, 3, 20, 20), (5, 1025)]
+BATCH_DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int64]
+
+
+@kernel
+@pytest.mark.parametrize("dtype", BATCH_DTYPES, ids=str)
+def test_the_sample_of_a_batch_is_pytorchs(dtype: torch.dtype) -> None:
+    from ddp_streammon.moments import sample, sample_triton
+
+    for shape in BATCH_SHAPES:
+        batches = [batch_of(shape, dtype) for _ in range(2)]
+        if len(shape) == 4:
+            batches.append(batches[0].to(memory_format=torch.channels_last))
+        if dtype.is_floating_point:
+            batches[0].view(-1)[0], batches[1].view(-1)[-1] = math.inf, math.nan
+        batches.append(batches[-1][:1].expand(shape).contiguous())
+        for compare in (True, False):
+            own, twin = (torch.zeros(sample.COLUMNS, dtype=torch.float64, device=DEVICE) for _ in range(2))
+            for batch in batches:
+                assert sample_triton.can_add(own, batch)
+                sample_triton.add_sample(own, batch, compare=compare)
+                sample.add_sample(twin, batch, compare=compare)
+            exact = [sample.COUNT, sample.BAD, sample.CONSTANT, sample.BITS, sample.ABS_MAX]
+            assert torch.equal(own[exact], twin[exact]), shape
+            torch.testing.assert_close(own, twin, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+@has_triton
+def test_batches_with_gaps_are_not_the_kernels() -> None:
+    from ddp_streammon.moments import sample, sample_triton
+
+    row = torch.zeros(sample.COLUMNS, dtype=torch.float64)
+    assert sample_triton.can_add(row, torch.zeros(4, 6)[::2])
+    assert not sample_triton.can_add(row, torch.zeros(4, 6)[:, ::2])
+    assert not sample_triton.can_add(row, torch.zeros(4, 1).expand(4, 6))
+    assert not sample_triton.can_add(row, torch.zeros(4, 6, dtype=torch.complex64))
+
+
 # On CUDA ----------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from ddp_streammon.moments import sample
 from ddp_streammon.moments.torch import (
     ABS_MAX,
     COLUMNS,
@@ -39,9 +40,25 @@ __all__ = [
     "TENSORS",
     "Reader",
     "Source",
+    "add_sample",
     "moments",
     "reader",
+    "sample",
 ]
+
+
+def add_sample(row: Tensor, tensor: Tensor, *, compare: bool) -> None:
+    """See `sample.add_sample`; on CUDA one launch where it can be. Comm: none. Sync: none."""
+    if row.is_cuda and _OneRead.works:
+        try:
+            from ddp_streammon.moments import sample_triton
+
+            if sample_triton.can_add(row, tensor):
+                sample_triton.add_sample(row, tensor, compare=compare)
+                return
+        except Exception as error:
+            _OneRead.fail(error)
+    sample.add_sample(row, tensor, compare=compare)
 
 
 class Reader:
@@ -102,12 +119,17 @@ class _OneRead(Reader):
                 self._kernel = TritonMoments(self._shares, self._num_streams, self._device)
             return call(self._kernel)
         except Exception as error:
-            _OneRead.works = False
-            warnings.warn(
-                f"the Triton kernel that reads gradients in one pass failed: {type(error).__name__}: {error}. From "
-                "now on PyTorch operations read them: the same figures, more slowly. The kernel needs a C compiler "
-                "and the triton that torch was released with (Requires-Dist of its wheel)",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            self.fail(error)
             return None
+
+    @staticmethod
+    def fail(error: Exception) -> None:
+        """From now on without kernels."""
+        _OneRead.works = False
+        warnings.warn(
+            f"the Triton kernel that reads gradients in one pass failed: {type(error).__name__}: {error}. From now on "
+            "PyTorch operations read them: the same figures, more slowly. The kernel needs a C compiler and the triton "
+            "that torch was released with (Requires-Dist of its wheel)",
+            RuntimeWarning,
+            stacklevel=4,
+        )

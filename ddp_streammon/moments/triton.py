@@ -143,7 +143,7 @@ class TritonMoments:
 
     def _readable(self, tensor: Tensor) -> bool:
         known = tensor.layout is torch.strided and tensor.dtype in KINDS
-        return known and tensor.device == self._device and _dense(tensor)
+        return known and tensor.device == self._device and dense(tensor)
 
 
 def _places(tensors: Sequence[Tensor | None]) -> _Places:
@@ -178,7 +178,7 @@ def _chunks(pieces: Sequence[Piece], num_streams: int, size: int) -> tuple[Tenso
     return torch.stack([piece, start], dim=1), torch.searchsorted(stream, torch.arange(num_streams + 1))
 
 
-def _dense(tensor: Tensor) -> bool:
+def dense(tensor: Tensor) -> bool:
     """Whether a tensor's elements fill their memory, in whatever order of dimensions."""
     filled = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
