@@ -48,6 +48,7 @@ class Sampled:
         self._remembers = every == 1
         self._all = [[item.parameter for item in stream.parameters] for stream in streams.streams]
         self._flat = [parameter for of_stream in self._all for parameter in of_stream]
+        self._has_dtensors = any(isinstance(parameter, DTensor) for parameter in self._flat)
         self._trained: list[bool] = []
         self._chosen: list[list[nn.Parameter]] = []
         self._addresses: list[int] = []
@@ -142,11 +143,17 @@ class Sampled:
             self._trained = trained
             self._chosen = [_spread(parameters) for parameters in self._all]
             self._counts = []
-        addresses = [local(parameter).data_ptr() for of_stream in self._chosen for parameter in of_stream]
+        addresses = self._addresses_now()
         if others or addresses != self._addresses:
             self._addresses = addresses
             self.generation += 1
             self._place([_views(of_stream) for of_stream in self._chosen], anew=others)
+
+    def _addresses_now(self) -> list[int]:
+        chosen = [parameter for of_stream in self._chosen for parameter in of_stream]
+        if self._has_dtensors:
+            chosen = [local(parameter) for parameter in chosen]  # type: ignore[misc]
+        return list(map(Tensor.data_ptr, chosen))
 
     def _place(self, per_stream: list[list[Tensor]], *, anew: bool) -> None:
         """Take over views of the sampled weights; `anew`: what is remembered is of other weights."""
