@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -242,6 +243,14 @@ def runs(net: Two, plan: Plan) -> dict[str, int]:
 def test_encoders_run_once_but_for_a_few_items_that_show_whether_they_may_be_replayed() -> None:
     assert runs(Two("plain"), Plan(variants(Replacement.exchange))) == {"rgb": 11 + 4, "depth": 11 + 4}
     assert runs(Two("batch"), Plan(variants(Replacement.exchange))) == {"rgb": 11 + 4 + 2 * 11, "depth": 11 + 4}
+
+
+def test_partners_are_drawn_once_a_batch_whatever_the_number_of_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, drawn = sys.modules["ddp_streammon.evaluation.measure"], []
+    monkeypatch.setattr(module, "partners", lambda *given: drawn.append(len(given[0])) or partners(*given))
+    table = tried(Two("plain"), Plan(variants(Replacement.exchange))).tables["val"]
+    assert drawn == [4, 4, 3]
+    assert table.partner.keys() == {"rgb", "depth", "both"}
 
 
 def test_a_stream_that_reads_anothers_features_is_exchanged_by_its_input_alone() -> None:

@@ -19,7 +19,6 @@ from ddp_streammon.evaluation.harmless import undisturbed
 from ddp_streammon.evaluation.items import Items, Share, share
 from ddp_streammon.evaluation.rows import (
     TRIED,
-    WEIGHT,
     Column,
     Rows,
     Told,
@@ -157,8 +156,9 @@ class _Pass:
         names = self._streams.user_names if self._observe else plan.replaced()
         with_roots = [name for name in names if self._streams[name].roots or name in plan.replaced()]
         by_input = frozenset(plan.swap)
+        means = {call: [self._on_device(mean) for mean in own] for call, own in plan.means.items()}
         self._features = features = Features(
-            self._streams, with_roots, self._pace.agree, by_input=by_input, means=plan.means
+            self._streams, with_roots, self._pace.agree, by_input=by_input, means=means
         )
         with features.installed():
             for split, items in splits.items():
@@ -213,19 +213,19 @@ class _Pass:
         wanted = place is not None and whole is not None and items.among(plan.limit, place, whole.items)
         if plan.variants and not self._pace.agree(not wanted):
             began = self._now()
+            exchanges = _exchanges(whole, plan.variants, features.items(), self._device)
             for name, variant in plan.variants.items():
-                order, met = _order(whole, variant, features)
-                with features.replacing(variant, order):
-                    found = self._attempt(batch, variant, order)
+                exchange = exchanges[name]
+                with features.replacing(variant, exchange.order):
+                    found = self._attempt(batch, variant, exchange.order)
                 if found is not None and wanted and place is not None:
                     columns |= figures_of(name, found)
                     note_records(rows, name, place, found)
-                    if met:
-                        columns["met", name] = (order - torch.arange(len(order))).double()
+                    if exchange.met is not None:
+                        columns["met", name] = exchange.met
             self._seconds += self._now() - began
         if columns and whole is not None and place is not None:
-            device = columns[WEIGHT].device
-            columns[TRIED] = torch.full((whole.items,), float(wanted), dtype=torch.float64, device=device)
+            columns[TRIED] = torch.full((whole.items,), float(wanted), dtype=torch.float64)
             rows.batches.append((place, whole.items, columns))
 
     def _now(self) -> float:
@@ -244,17 +244,41 @@ class _Pass:
         return self._pace.attempt(run, batch)
 
 
-def _order(whole: Scored | None, variant: Variant, features: Features) -> tuple[Tensor, bool]:
-    """Whose features each item of the batch gets, and whether the variant exchanges at all."""
-    streams = [name for name, how in variant.items() if how is Replacement.exchange]
-    if whole is None or not streams:
-        return torch.arange(features.items() if whole is None else whole.items), False
+@dataclass(frozen=True)
+class _Exchange:
+    """Whose features each item of a batch gets under a variant, and, where it exchanges any, how many rows further on
+    those are. Shape: [B] each, `met` on the host."""
+
+    order: Tensor
+    met: Tensor | None = None
+
+
+def _exchanges(
+    whole: Scored | None, variants: Mapping[str, Variant], items: int, device: torch.device
+) -> dict[str, _Exchange]:
+    """By variant; those whose streams the same items have share one. Sync: as if there were a single variant."""
+    kept = _Exchange(torch.arange(items if whole is None else whole.items, device=device))
+    known: dict[frozenset[str], _Exchange] = {}
+    found: dict[str, _Exchange] = {}
+    for name, variant in variants.items():
+        streams = [stream for stream, how in variant.items() if how is Replacement.exchange]
+        if whole is None or not streams:
+            found[name] = kept
+            continue
+        masked = frozenset(stream for stream in streams if stream in whole.present)
+        if masked not in known:
+            known[masked] = _exchange(whole, masked, device)
+        found[name] = known[masked]
+    return found
+
+
+def _exchange(whole: Scored, masked: frozenset[str], device: torch.device) -> _Exchange:
+    """Of items that count and have the streams in `masked`."""
     eligible = whole.weight > 0
-    for name in streams:
-        if name in whole.present:
-            eligible = eligible & whole.present[name].bool()
-    groups = whole.group if isinstance(whole.group, Tensor) else None
-    return partners(eligible, groups), True
+    for stream in masked:
+        eligible = eligible & whole.present[stream].bool()
+    order = partners(eligible, whole.group if isinstance(whole.group, Tensor) else None)
+    return _Exchange(order.to(device), (order - torch.arange(len(order))).double())
 
 
 def _check_same(read: Sequence[Mapping[str, tuple[int, str]]], splits: Mapping[str, Items]) -> None:

@@ -38,14 +38,15 @@ class Rows:
         return tuple((place, items) for place, items, _ in self.batches)
 
     def on_host(self) -> None:
-        """Bring the columns to the host: one read from the device."""
+        """Bring the columns to the host that are not there yet: one read from the device."""
         moved: list[tuple[int, int, dict[Column, Tensor]]] = []
-        wide = [tensor for *_, columns in self.batches for tensor in columns.values()]
-        if wide and any(tensor.is_cuda for tensor in wide):
-            flat = torch.cat([tensor.to(wide[0].device) for tensor in wide]).cpu()
-            parts = iter(torch.split(flat, [len(tensor) for tensor in wide]))
+        away = [tensor for *_, columns in self.batches for tensor in columns.values() if tensor.is_cuda]
+        if away:
+            flat = torch.cat([tensor.to(away[0].device) for tensor in away]).cpu()
+            parts = iter(torch.split(flat, [len(tensor) for tensor in away]))
             for place, items, columns in self.batches:
-                moved.append((place, items, {name: next(parts) for name in columns}))
+                here = {name: next(parts) if tensor.is_cuda else tensor for name, tensor in columns.items()}
+                moved.append((place, items, here))
             self.batches = moved
 
 

@@ -105,18 +105,28 @@ def classification(criterion: Criterion | None = None) -> Score:
     def score(model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
         inputs, named, target = split_batch(batch)
         logits = model(*inputs, **named)
-        return classified(model, logits, target, criterion) | {"target": target, "prediction": logits.argmax(1)}
+        prediction = logits.argmax(1)
+        figures = classified(model, logits, target, criterion, prediction)
+        return figures | {"target": target, "prediction": prediction}
 
     return score
 
 
 def classified(
-    model: nn.Module, logits: Tensor, target: Tensor, criterion: Criterion | None = None
+    model: nn.Module,
+    logits: Tensor,
+    target: Tensor,
+    criterion: Criterion | None = None,
+    prediction: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """`loss`, `correct` and `weight` of each item, [B] each; see `classification`."""
+    """`loss`, `correct` and `weight` of each item, [B] each; see `classification`.
+
+    `prediction`: the classes of the largest logits, where they are known already.
+    """
+    prediction = logits.argmax(1) if prediction is None else prediction
     own = getattr(model, "criterion", None) if criterion is None else criterion
     used = nn.CrossEntropyLoss() if own is None else own
-    figures = {"loss": _per_item(used, logits, target), "correct": (logits.argmax(1) == target).double()}
+    figures = {"loss": _per_item(used, logits, target), "correct": (prediction == target).double()}
     ignored = getattr(used, "ignore_index", None)
     return figures if ignored is None else figures | {"weight": (target != ignored).double()}
 
@@ -127,7 +137,9 @@ def _per_item(criterion: Criterion, logits: Tensor, target: Tensor) -> Tensor:
         each.reduction = "none"
         criterion = each
     loss = criterion(logits, target)
-    return loss.expand(len(target)) if loss.dim() == 0 else loss.reshape(len(target), -1).mean(1)
+    if loss.dim() == 0:
+        return loss.expand(len(target))
+    return loss if loss.shape == target.shape[:1] else loss.reshape(len(target), -1).mean(1)
 
 
 def to_device(model: nn.Module) -> torch.device:
