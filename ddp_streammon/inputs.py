@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ddp_streammon.moments import add_sample, sample
+from ddp_streammon.moments import SampleReader, sample
 from ddp_streammon.shards import local
 from ddp_streammon.streams import StreamSet, unwrap
 
@@ -38,7 +38,12 @@ class Inputs:
         self._number = len(streams.streams)
         self._seen = torch.zeros(2 * self._number, sample.COLUMNS, dtype=torch.float64, device=device)
         """Of each stream what its root has seen since the last step, and what its first layer has."""
-        self._calls = [0] * (2 * self._number)
+        self._reader = SampleReader(self._seen)
+        self.place_cells = len(self._seen) * self._reader.place_cells
+        """Numbers that say where the batches are that are looked at in the step, and not as the forward begins."""
+        self._held: list[tuple[Tensor, int, list[float]] | None] = [None] * len(self._seen)
+        """Those batches, until then, their version (what was changed in place is not looked at), and where they are."""
+        self._calls = [0] * len(self._seen)
         self._hooks: list[RemovableHandle] = []
         self.watched = tuple(bool(stream.roots) for stream in streams.streams)
         """For each stream whether it has a module whose inputs can be seen."""
@@ -53,34 +58,54 @@ class Inputs:
                 self._hooks.append(hook)
 
     @torch.no_grad()
-    def saw(self, place: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def saw(self, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward begins."""
         tensor = next((value for value in (*args, *kwargs.values()) if _can_be_read(value)), None)
         if tensor is not None:
-            self._calls[place] += 1
-            add_sample(self._seen[place], local(tensor.detach()), compare=place % 2 == 0)
+            self._calls[number] += 1
+            self._read_held(number)
+            batch, compare = local(tensor.detach()), number % 2 == 0
+            place = self._reader.place(batch, compare=compare)
+            if place is None:
+                self._reader.add(number, batch, compare=compare)
+            else:
+                self._held[number] = (batch, batch._version, place)
+
+    def _read_held(self, number: int) -> None:
+        """Several forwards in a step: all but the last are looked at as the next one begins."""
+        held, self._held[number] = self._held[number], None
+        if held is not None and held[0]._version == held[1]:
+            self._reader.add(number, held[0], compare=number % 2 == 0)
 
     def wanted(self) -> bool:
         """Whether this forward is one of training."""
         return self.armed and (torch.is_grad_enabled() or self._model.training)
 
-    def begin(self) -> list[float]:
-        """What is to stand where `write` writes: each stream's calls in the first of its cells. The next forwards are
-        another step's."""
+    def begin(self) -> tuple[list[float], list[float]]:
+        """What is to stand where `write` writes: each stream's calls in the first of its cells; and where the batches
+        are that `write` is to look at, which have to stay until `end`. The next forwards are another step's."""
         rows = [[float(calls), *(0.0,) * (len(COLUMNS) - 1)] for calls in self._calls[::2]]
         self._calls = [0] * len(self._calls)
-        return [*(cell for row in rows for cell in row), 0.0]
+        nothing = [0.0] * self._reader.place_cells
+        places = [nothing if held is None or held[0]._version != held[1] else held[2] for held in self._held]
+        return [*(cell for row in rows for cell in row), 0.0], [cell for place in places for cell in place]
+
+    def end(self) -> None:
+        """What looks at the batches is queued: they may go."""
+        self._held = [None] * len(self._held)
 
     @torch.no_grad()
-    def write(self, cells: Tensor) -> None:
+    def write(self, cells: Tensor, places: Tensor) -> None:
         """What was seen since the last time, in place. The same operations each time, on the same memory.
 
-        Shape: [S x 8 + 1] float64: `COLUMNS` of each stream, and a number below 2^32 that is the same for the same
-        batch (nan where nothing was seen).
+        Shape: `places` [2 S x place_cells], as `begin` said them; `cells` [S x 8 + 1] float64: `COLUMNS` of each
+        stream, and a number below 2^32 that is the same for the same batch (nan where nothing was seen).
         """
+        self._reader.add_all(places)
         rows, seen = cells[:-1].view(self._number, len(COLUMNS)), self._seen
         calls = rows[:, 0]
-        none = torch.where(calls > 0, 0.0, math.nan)
+        looked_at = seen[::2, sample.COUNT] + seen[::2, sample.BAD]
+        none = torch.where(looked_at > 0, 0.0, math.nan)
         means = seen[:, sample.SUM] / seen[:, sample.COUNT]
         variances = seen[:, sample.SQ_SUM] / seen[:, sample.COUNT] - means * means
         moments = torch.stack([means, variances.clamp_min(0).sqrt()], dim=1).view(self._number, 4)
@@ -90,7 +115,7 @@ class Inputs:
         rows[:, 4] = roots[:, sample.BAD] + none
         rows[:, 5] = (roots[:, sample.CONSTANT] == calls) + none
         batch = roots[:, sample.BITS].sum().remainder(sample.MODULUS)
-        cells[-1] = torch.where(calls.sum() > 0, batch, math.nan)
+        cells[-1] = torch.where(looked_at.sum() > 0, batch, math.nan)
         seen.zero_()
 
     def stop(self) -> None:

@@ -20,7 +20,7 @@ from ddp_streammon.inputs import Inputs
 from ddp_streammon.linear import Linear
 from ddp_streammon.local_gradients import LocalGradients
 from ddp_streammon.moments import ABS_MAX, SQ_SUM, SUM, Reader, Source, moments, reader
-from ddp_streammon.packet import Draft, Layout
+from ddp_streammon.packet import ASIDE, Draft, Layout
 from ddp_streammon.plan import Measurement, Plan
 from ddp_streammon.power import gradient_power
 from ddp_streammon.ranks import Clock, RankFacts, bit_sum
@@ -107,6 +107,7 @@ class GradientMeter:
         self._inverse = torch.ones((), dtype=torch.float64, device=self.device)
         self._cells: dict[int, tuple[Layout, Tensor]] = {}
         self._graphs = Graphs(self.device)
+        self._aside = 0 if self._inputs is None else self._inputs.place_cells
         self._readers = 0
         """How often readers were made."""
         self._make_readers()
@@ -181,7 +182,7 @@ class GradientMeter:
         scaled = scaler is not None and scaler.is_enabled()
         inverse: float | Tensor = self._inverse_scale(scaler) if scaler is not None and scaled else 1.0
         layout = plan.audit_layout if audit else plan.layout
-        draft = Draft(layout, self._rank, turn)
+        draft = Draft(layout, self._rank, turn, self._aside)
         given = user_numbers(tuple(plan.scalars), numbers, samples, self.device)
         unplanned = bool(set(self.summed_later()) - set(plan.tensors))
         draft.say(STATE, [1.0, float(scaled), math.nan if epoch is None else epoch, float(unplanned)])
@@ -190,7 +191,7 @@ class GradientMeter:
         if plan.of_step:
             draft.say(FACTS, self._facts(samples).cells())
             self._say_evidence(draft, plan, call, given)
-        draft.send(self.device, self._cells_of(layout))
+        draft.send(self._cells_of(draft))
         for place, number in given.waiting:
             draft.put(SCALARS, number, place)
         if isinstance(inverse, Tensor):
@@ -213,6 +214,8 @@ class GradientMeter:
             generation = 0 if self._sampled is None else self._sampled.generation
             key = (id(layout), in_turn, step.scaled, step.waiting, in_full, self._readers, generation)
             self._graphs.run(key, lambda: self._write(step, again()))
+        if self._inputs is not None:
+            self._inputs.end()
         return self._sent(plan, call, draft.packet, turn=turn, audit=audit, shadow=False, updates=updates)
 
     def _write(self, step: _Step, table: Tensor) -> None:
@@ -237,7 +240,7 @@ class GradientMeter:
                 detail[0] = loss[1] / loss[2]  # nan where it was not given, or is not finite
             own = detail[2 + streams : 2 + 3 * streams].view(streams, 2)
             self._sampled.write(table[streams:], draft.at(SAMPLES).view(streams, -1), own)
-            self._inputs.write(detail[2 + 3 * streams :])
+            self._inputs.write(detail[2 + 3 * streams :], draft.at(ASIDE))
         if step.plan.of_step and step.plan.layout.turns > 1:
             # The largest abs-max and the count of non-finite numbers since this rank last filled its slots.
             maxima = torch.maximum(self._kept[:-1], maxima)
@@ -248,12 +251,14 @@ class GradientMeter:
                 self._kept.copy_(torch.cat([maxima, bad]))
         draft.at(MAXIMA).copy_(maxima)
 
-    def _cells_of(self, layout: Layout) -> Tensor | None:
-        """Where packets of this layout are written on the device; on the host, nowhere in particular."""
+    def _cells_of(self, draft: Draft) -> Tensor | None:
+        """Where packets of a layout are written on the device; None on the host: nowhere in particular."""
         if self.device.type == "cpu":
             return None
+        layout = draft.layout
         if id(layout) not in self._cells:
-            self._cells[id(layout)] = (layout, torch.zeros(Draft.size(layout), dtype=torch.float64, device=self.device))
+            cells = torch.zeros(draft.cell_count, dtype=torch.float64, device=self.device)
+            self._cells[id(layout)] = (layout, cells)
         return self._cells[id(layout)][1]
 
     def shadow(self, plan: Plan, call: int, *, turn: int = 0, audit: bool = False) -> Measurement:
@@ -359,6 +364,7 @@ class GradientMeter:
         if self._sampled is None or self._inputs is None:
             return
         rows, unknown = self._sampled.begin(call)
+        seen, places = self._inputs.begin()
         loss = math.nan
         if LOSS in plan.scalars and not given.waiting:
             first = 4 * list(plan.scalars).index(LOSS)
@@ -369,7 +375,8 @@ class GradientMeter:
             in_eval = sum(not module.training for module in self._moded) / len(self._moded)
         base = [_on_host(group.get("initial_lr", group.get("lr"))) for group in self._settings()]
         draft.say(SAMPLES, [cell for row in rows for cell in row])
-        draft.say(DETAIL, [loss, in_eval, *base, *(0.0, unknown) * len(rows), *self._inputs.begin()])
+        draft.say(DETAIL, [loss, in_eval, *base, *(0.0, unknown) * len(rows), *seen])
+        draft.say(ASIDE, places)
 
     def _settings(self) -> list[Mapping[str, Any]]:
         """Each stream's parameter group; empty where it has none."""

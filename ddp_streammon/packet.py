@@ -14,6 +14,7 @@ from torch import Tensor
 LIMIT_BYTES = 65_536
 """Beyond this size ranks fill their slots in turn. Up to it the latency of a sum counts, not its size."""
 CELL_BYTES = 8
+ASIDE = "aside"
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,14 @@ class Layout:
         return tuple(field for field in self.fields if field.per_rank)
 
     @cached_property
+    def slot_size(self) -> int:
+        """Cells of one rank's slots."""
+        return _cells(self.slots)
+
+    @cached_property
     def turns(self) -> int:
         """In how many packets every rank has had its slots once; 1 where they all fit."""
-        slot = _cells(self.slots)
+        slot = self.slot_size
         room = self.limit_bytes // CELL_BYTES - sum(math.prod(field.shape) for field in self.plain if not field.raw)
         at_once = max(room // slot, 1) if slot else self.world_size
         return -(-self.world_size // at_once)
@@ -65,7 +71,7 @@ class Layout:
     @cached_property
     def size(self) -> int:
         """Cells (float64) of the vector."""
-        return _cells(self.plain) + -(-self.world_size // self.turns) * _cells(self.slots)
+        return _cells(self.plain) + -(-self.world_size // self.turns) * self.slot_size
 
     def heard(self, turn: int) -> range:
         """The ranks that have slots in the packets of `turn` (any count of packets sent before)."""
@@ -76,7 +82,7 @@ class Layout:
         lie behind the packet's end, and are not sent."""
         in_turn = rank in self.heard(turn)
         if (rank, in_turn) not in self._spans:
-            own = _cells(self.plain) + rank // self.turns * _cells(self.slots)
+            own = _cells(self.plain) + rank // self.turns * self.slot_size
             starts = (0, own if in_turn else self.size)
             found = self._spans[rank, in_turn] = {}
             for start, fields in zip(starts, (self.plain, self.slots), strict=True):
@@ -180,30 +186,23 @@ class Draft:
     `say` before `send`, `put` after it.
     """
 
-    def __init__(self, layout: Layout, rank: int, turn: int = 0) -> None:
+    def __init__(self, layout: Layout, rank: int, turn: int = 0, aside: int = 0) -> None:
+        """`aside`: cells of the field "aside", which are written like the others and not sent."""
         self.layout = layout
-        self.spans = layout.spans(rank, turn)
-        self._said = [0.0] * self.size(layout)
+        first = layout.size + layout.slot_size
+        self.spans = layout.spans(rank, turn) | {ASIDE: slice(first, first + aside)}
+        self._said = [0.0] * (first + aside)
         self._cells = torch.empty(0)
-
-    @staticmethod
-    def size(layout: Layout) -> int:
-        """Cells that it takes to write a packet: also those of slots that are not sent."""
-        return layout.size + _cells(layout.slots)
 
     def say(self, name: str, values: Sequence[float], start: int = 0) -> None:
         """Numbers of the host for a field's cells, from its cell number `start` on."""
         first = self.spans[name].start + start
         self._said[first : first + len(values)] = values
 
-    def send(self, device: torch.device, cells: Tensor | None = None) -> None:
-        """What was said goes to the device, into `cells` where they are given. Sync: none."""
-        on_host = device.type == "cpu"
-        said = torch.tensor(self._said, dtype=torch.float64, pin_memory=not on_host)
-        if cells is None:
-            self._cells = said if on_host else said.to(device, non_blocking=True)
-        else:
-            self._cells = cells.copy_(said, non_blocking=True)
+    def send(self, cells: Tensor | None) -> None:
+        """What was said goes into `cells`, on their device; without them it stays on the host. Sync: none."""
+        said = torch.tensor(self._said, dtype=torch.float64, pin_memory=cells is not None)
+        self._cells = said if cells is None else cells.copy_(said, non_blocking=True)
 
     def at(self, name: str) -> Tensor:
         """The cells of a field, flat, to be written in place."""
@@ -211,8 +210,14 @@ class Draft:
 
     def put(self, name: str, values: Tensor, start: int = 0) -> None:
         """Numbers of the device for a field's cells, from its cell number `start` on."""
-        flat = values.reshape(-1)
-        self.at(name)[start : start + len(flat)].copy_(flat, non_blocking=True)
+        first = self.spans[name].start + start
+        flat = values if values.dim() < 2 else values.reshape(-1)
+        self._cells[first : first + values.numel()].copy_(flat, non_blocking=True)
+
+    @property
+    def cell_count(self) -> int:
+        """Of all that is written, sent or not."""
+        return len(self._said)
 
     @property
     def packet(self) -> Tensor:

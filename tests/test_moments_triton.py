@@ -374,7 +374,7 @@ def batch_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 BATCH_SHAPES = [(1, 3), (2, 1), (7, 300), (40, 1024), (33, 3, 20, 20), (5, 1025)]
-BATCH_DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int64]
+BATCH_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.uint8, torch.int32, torch.int64]
 
 
 @kernel
@@ -392,8 +392,13 @@ def test_the_sample_of_a_batch_is_pytorchs(dtype: torch.dtype) -> None:
         for compare in (True, False):
             own, twin = (torch.zeros(sample.COLUMNS, dtype=torch.float64, device=DEVICE) for _ in range(2))
             for batch in batches:
-                assert sample_triton.can_add(own, batch)
-                sample_triton.add_sample(own, batch, compare=compare)
+                assert sample_triton.can_add(own.device, batch)
+                place = torch.tensor(sample_triton.place(batch, compare=compare), dtype=torch.float64, device=DEVICE)
+                nothing = torch.zeros(sample_triton.PLACE_CELLS, dtype=torch.float64, device=DEVICE)
+                rows = torch.stack([torch.zeros_like(own), own])
+                sample_triton.add_samples(rows, torch.stack([nothing, place]))
+                assert not rows[0].any()
+                own = rows[1]
                 sample.add_sample(twin, batch, compare=compare)
             exact = [sample.COUNT, sample.BAD, sample.CONSTANT, sample.BITS, sample.ABS_MAX]
             assert torch.equal(own[exact], twin[exact]), shape
@@ -402,13 +407,12 @@ def test_the_sample_of_a_batch_is_pytorchs(dtype: torch.dtype) -> None:
 
 @has_triton
 def test_batches_with_gaps_are_not_the_kernels() -> None:
-    from ddp_streammon.moments import sample, sample_triton
+    from ddp_streammon.moments import sample_triton
 
-    row = torch.zeros(sample.COLUMNS, dtype=torch.float64)
-    assert sample_triton.can_add(row, torch.zeros(4, 6)[::2])
-    assert not sample_triton.can_add(row, torch.zeros(4, 6)[:, ::2])
-    assert not sample_triton.can_add(row, torch.zeros(4, 1).expand(4, 6))
-    assert not sample_triton.can_add(row, torch.zeros(4, 6, dtype=torch.complex64))
+    assert sample_triton.can_add(torch.device("cpu"), torch.zeros(4, 6)[::2])
+    assert not sample_triton.can_add(torch.device("cpu"), torch.zeros(4, 6)[:, ::2])
+    assert not sample_triton.can_add(torch.device("cpu"), torch.zeros(4, 1).expand(4, 6))
+    assert not sample_triton.can_add(torch.device("cpu"), torch.zeros(4, 6, dtype=torch.complex64))
 
 
 # On CUDA ----------------------------------------------------------------------------------------------------------

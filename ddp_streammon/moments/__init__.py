@@ -39,26 +39,62 @@ __all__ = [
     "SUM",
     "TENSORS",
     "Reader",
+    "SampleReader",
     "Source",
-    "add_sample",
     "moments",
     "reader",
     "sample",
 ]
 
 
-def add_sample(row: Tensor, tensor: Tensor, *, compare: bool) -> None:
-    """See `sample.add_sample`; on CUDA one launch where it can be. Comm: none. Sync: none."""
-    if row.is_cuda and _OneRead.works:
-        try:
-            from ddp_streammon.moments import sample_triton
+class SampleReader:
+    """Adds figures of samples of batches to rows of [N, 7] float64 on `device`: at once, or with all others, later.
 
-            if sample_triton.can_add(row, tensor):
-                sample_triton.add_sample(row, tensor, compare=compare)
-                return
-        except Exception as error:
+    Comm, Sync: none.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+        self.place_cells = 0
+        """Numbers that say where a batch is; 0 where none can be read later."""
+        if rows.is_cuda and _OneRead.works:
+            try:
+                from ddp_streammon.moments import sample_triton
+
+                self._kernel = sample_triton
+                self.place_cells = sample_triton.PLACE_CELLS
+            except Exception as error:
+                _OneRead.fail(error)
+
+    def add(self, number: int, tensor: Tensor, *, compare: bool) -> None:
+        """Now. See `sample.add_sample`."""
+        place = self.place(tensor, compare=compare)
+        if place is None:
+            sample.add_sample(self._rows[number], tensor, compare=compare)
+        else:
+            said = torch.tensor(place, dtype=torch.float64, pin_memory=True)
+            self._read(self._rows[number : number + 1], said.to(self._rows.device, non_blocking=True))
+
+    def place(self, tensor: Tensor, *, compare: bool) -> list[float] | None:
+        """Where the batch is, to be read later by `add_all`; None where that cannot read it."""
+        if self.place_cells and self._kernel.can_add(self._rows.device, tensor):
+            return self._kernel.place(tensor, compare=compare)
+        return None
+
+    def add_all(self, places: Tensor) -> None:
+        """The batches at these places, of each row one; zeros where there is none. One launch, always the same.
+
+        Shape: [N x place_cells].
+        """
+        if self.place_cells:
+            self._read(self._rows, places)
+
+    def _read(self, rows: Tensor, places: Tensor) -> None:
+        try:
+            self._kernel.add_samples(rows, places)
+        except Exception as error:  # what was to be read in this step is not seen
+            self.place_cells = 0
             _OneRead.fail(error)
-    sample.add_sample(row, tensor, compare=compare)
 
 
 class Reader:

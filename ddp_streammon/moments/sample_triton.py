@@ -1,4 +1,4 @@
-"""`add_sample` on a CUDA device in one launch, where it takes PyTorch two dozen."""
+"""`sample.add_sample` on a CUDA device, for many batches in one launch, where PyTorch takes two dozen for each."""
 
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 
@@ -16,59 +16,79 @@ from ddp_streammon.moments.triton import dense
 
 WIDTH, WARPS = 128, 16
 """Features that are read at a time, of all items."""
-WORDS = {
-    torch.float32: tl.int32,
-    torch.bfloat16: tl.int16,
-    torch.float16: tl.int16,
-    torch.float64: tl.int64,
-    torch.uint8: tl.uint8,
-    torch.int8: tl.int8,
-    torch.int16: tl.int16,
-    torch.int32: tl.int32,
-    torch.int64: tl.int64,
-}
-"""What the kernel reads, and as what it looks at its bits."""
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int32: 4, torch.int64: 5}
+"""What the kernel reads, by the code that it knows it by; bool is read as uint8."""
+PLACE_CELLS = 7
 
 
-def can_add(row: Tensor, tensor: Tensor) -> bool:
-    """Whether the kernel reads such a batch: of a known dtype, on the row's device, each item without gaps."""
-    known = tensor.dtype in WORDS or tensor.dtype is torch.bool
-    return known and tensor.device == row.device and dense(tensor[0])
+def can_add(device: torch.device, tensor: Tensor) -> bool:
+    """Whether the kernel reads such a batch: of a known dtype, on that device, each item without gaps."""
+    known = tensor.dtype in KINDS or tensor.dtype is torch.bool
+    return known and tensor.device == device and dense(tensor[0])
 
 
-def add_sample(row: Tensor, tensor: Tensor, *, compare: bool) -> None:
-    """As `moments.sample.add_sample`, for what `can_add` says. Comm: none. Sync: none."""
-    batch = tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
-    step = feature_step(batch)
-    items = min(len(batch), ITEMS)
-    features = -(-batch[0].numel() // step)
-    with torch.cuda.device(row.device) if row.is_cuda else nullcontext():
-        _add[(1,)](
-            *(row, batch, items, features, batch.stride(0), step),
-            WORD=WORDS[batch.dtype],
-            FLOATS=batch.is_floating_point(),
-            COMPARE=compare and items > 1,
-            ITEMS=ITEMS,
-            WIDTH=WIDTH,
-            num_warps=WARPS,
-        )
+def place(tensor: Tensor, *, compare: bool) -> list[float]:
+    """Where a batch is and how it lies there, in `PLACE_CELLS` numbers; all exact in float64."""
+    step = feature_step(tensor)
+    items = min(len(tensor), ITEMS)
+    kind = KINDS[torch.uint8 if tensor.dtype is torch.bool else tensor.dtype]
+    several = float(compare and items > 1)
+    return [tensor.data_ptr(), items, -(-tensor[0].numel() // step), tensor.stride(0), step, kind, several]
+
+
+def add_samples(rows: Tensor, places: Tensor) -> None:
+    """Add to each row [7] the figures of a sample of the batch at its place; nothing where it has no features.
+
+    Shape: [N, 7], [N, 7] float64. Comm: none. Sync: none.
+    """
+    with torch.cuda.device(rows.device) if rows.is_cuda else nullcontext():
+        _add[(len(rows),)](rows, places, ITEMS=ITEMS, WIDTH=WIDTH, num_warps=WARPS)
 
 
 @triton.jit
-def _add(
+def _add(rows, places, ITEMS: tl.constexpr, WIDTH: tl.constexpr):
+    """One program a batch, which adds to the seven cells of its row, in the order of `moments.sample.COLUMNS`."""
+    number = tl.program_id(0)
+    row = rows + 7 * number
+    of_place = places + 7 * number
+    address = tl.load(of_place).to(tl.int64)
+    items = tl.load(of_place + 1).to(tl.int64)
+    features = tl.load(of_place + 2).to(tl.int64)
+    stride = tl.load(of_place + 3).to(tl.int64)
+    step = tl.load(of_place + 4).to(tl.int64)
+    kind = tl.load(of_place + 5).to(tl.int32)
+    several = tl.load(of_place + 6) > 0
+    if features > 0:
+        if kind == 0:
+            _one(row, address, items, features, stride, step, several, tl.float32, tl.int32, True, ITEMS, WIDTH)
+        elif kind == 1:
+            _one(row, address, items, features, stride, step, several, tl.bfloat16, tl.int16, True, ITEMS, WIDTH)
+        elif kind == 2:
+            _one(row, address, items, features, stride, step, several, tl.float16, tl.int16, True, ITEMS, WIDTH)
+        elif kind == 3:
+            _one(row, address, items, features, stride, step, several, tl.uint8, tl.uint8, False, ITEMS, WIDTH)
+        elif kind == 4:
+            _one(row, address, items, features, stride, step, several, tl.int32, tl.int32, False, ITEMS, WIDTH)
+        else:
+            _one(row, address, items, features, stride, step, several, tl.int64, tl.int64, False, ITEMS, WIDTH)
+
+
+@triton.jit
+def _one(
     row,
-    batch,
+    address,
     items,
     features,
     stride,
     step,
+    several,
+    DTYPE: tl.constexpr,
     WORD: tl.constexpr,
     FLOATS: tl.constexpr,
-    COMPARE: tl.constexpr,
     ITEMS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program, which adds to the seven cells of `row`, in the order of `moments.sample.COLUMNS`."""
+    batch = address.to(tl.pointer_type(DTYPE))
     item = tl.arange(0, ITEMS)[:, None].to(tl.int64)
     total = tl.zeros([ITEMS, WIDTH], tl.float64)
     squares = tl.zeros([ITEMS, WIDTH], tl.float64)
@@ -80,12 +100,10 @@ def _add(
     while first < features:
         feature = first + tl.arange(0, WIDTH)[None, :].to(tl.int64)
         inside = (item < items) & (feature < features)
-        x = tl.load(batch + item * stride + feature * step, mask=inside, other=0)
-        if COMPARE:
-            of_first = tl.load(batch + item * 0 + feature * step, mask=inside, other=0)
-            other += (inside & ((x == of_first) == 0)).to(tl.int32)
-        place = 2 * (item * features + feature) + 1
-        bits += tl.where(inside, x.to(WORD, bitcast=True).to(tl.int64) * place, 0)
+        x = tl.load(batch + (item * stride + feature * step), mask=inside, other=0)
+        of_first = tl.load(batch + (item * 0 + feature * step), mask=inside, other=0)
+        other += (inside & ((x == of_first) == 0)).to(tl.int32)
+        bits += tl.where(inside, x.to(WORD, bitcast=True).to(tl.int64) * (2 * (item * features + feature) + 1), 0)
         if FLOATS:
             narrow = x.to(tl.float32)
             good = inside & (tl.abs(narrow) < float("inf"))
@@ -107,7 +125,7 @@ def _add(
         tl.store(row + 1, float("nan"))
     tl.store(row + 2, tl.load(row + 2) + count)
     tl.store(row + 3, tl.load(row + 3) + (items * features - count))
-    if COMPARE:
-        tl.store(row + 4, tl.load(row + 4) + (tl.sum(other) == 0).to(tl.float64))
+    constant = ((tl.sum(other) == 0) & several).to(tl.float64)
+    tl.store(row + 4, tl.load(row + 4) + constant)
     tl.store(row + 5, tl.load(row + 5) + (tl.sum(bits) & 0xFFFFFFFF).to(tl.float64))
     tl.store(row + 6, tl.maximum(tl.load(row + 6), tl.max(top)))
