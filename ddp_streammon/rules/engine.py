@@ -19,7 +19,7 @@ from ddp_streammon import keys
 from ddp_streammon.config import Intent, Severity
 from ddp_streammon.described import Setup
 from ddp_streammon.rules.finding import Action, Finding
-from ddp_streammon.rules.view import WINDOW, Memory, View, Window
+from ddp_streammon.rules.view import REQUIREMENTS, WINDOW, Memory, View, Window
 from ddp_streammon.stats import StepStats
 
 
@@ -177,6 +177,7 @@ class Engine:
         self._cleared: dict[_Key, int] = {}
         """Alarms that are over -> measured steps by then."""
         self._by_id = {rule.id: rule for rule in self.rules}
+        self._required = sorted({name for rule in self.rules for name in rule.requires})
         self._place = {rule.id: number for number, rule in enumerate(self.rules)}
 
     @property
@@ -202,11 +203,15 @@ class Engine:
         followed: dict[str, list[tuple[str | None, int | None]]] = defaultdict(list)
         for name, stream, rank in self._runs:
             followed[name].append((stream, rank))
+        unmet = {name for name in self._required if REQUIREMENTS[name](view)}
         count = self._memory.count
         for rule in self.rules:
-            if count % rule.every == 0 and count > rule.warm_up and not view.missing(rule.requires):
-                self._evaluated.add(rule.id)
-                self._evaluate(rule, view, followed.get(rule.id, ()))
+            if count % rule.every or count <= rule.warm_up or not unmet.isdisjoint(rule.requires):
+                continue
+            self._evaluated.add(rule.id)
+            signals = list(rule.check(view))
+            if signals or rule.id in followed:
+                self._follow_all(rule, signals, followed[rule.id], view)
         return self.findings
 
     def declare_frozen(self, streams: Iterable[str]) -> None:
@@ -288,11 +293,10 @@ class Engine:
             if same or rank is None:
                 self._runs[rule, stream, rank] = _Run(run["held"], run["longest"], run["quiet"], finding, run["began"])
 
-    def _evaluate(self, rule: Rule, view: View, known: Sequence[tuple[str | None, int | None]]) -> None:
+    def _follow_all(
+        self, rule: Rule, found: Sequence[Signal], known: Sequence[tuple[str | None, int | None]], view: View
+    ) -> None:
         """`known`: the streams and ranks of which a run of this rule is kept."""
-        found = list(rule.check(view))
-        if not found and not known:
-            return
         signals = {(signal.stream, signal.rank): signal for signal in found}
         heard = {rank.rank for rank in view.now.rank_facts}
         for stream, rank in dict.fromkeys((*signals, *known)):

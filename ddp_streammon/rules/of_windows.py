@@ -191,8 +191,10 @@ class Vanishing(_Windowed):
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
+            if not view.trained(stream) or view.setup.streams[stream].zeros:
+                continue
             ratio = view.median(_ends, 40, 20, stream)
-            if not view.trained(stream) or not ratio * QUIET < self.ratio or view.setup.streams[stream].zeros:
+            if not ratio * QUIET < self.ratio:
                 continue
             yield Signal(
                 stream,
@@ -372,9 +374,11 @@ class Imbalance(_Windowed):
     def check(self, view: View) -> Iterator[Signal]:
         sizes = {}
         for stream in view.streams:
+            if not view.trained(stream):
+                continue
             whole = view.median(_norm, 40, 20, stream)
             last = view.median(_last, 40, 20, stream)
-            if view.trained(stream) and whole > 0 and last > 0:
+            if whole > 0 and last > 0:
                 sizes[stream] = (whole, last)
         if len(sizes) < 2:
             return

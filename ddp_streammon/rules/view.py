@@ -9,13 +9,12 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from typing import Any, TypeVar
 
 from ddp_streammon import keys
 from ddp_streammon.config import Intent
 from ddp_streammon.described import Setup
-from ddp_streammon.ranks import RankDetail, RankFacts, StreamInput
+from ddp_streammon.ranks import RankFacts, StreamInput
 from ddp_streammon.stats import Sample, StepStats
 
 T = TypeVar("T")
@@ -188,8 +187,12 @@ class View:
         self._numbers = {name: number for number, name in enumerate(self.now.streams)}
         self._trained: dict[str, bool] = {}
         """Of the streams that were asked for."""
-        self._unmet: dict[str, str] = {}
-        """Requirement -> why it is not met, of those that were asked for."""
+        self.details = {rank.rank: rank.detail for rank in self.now.rank_facts if rank.detail is not None}
+        """What each rank that was heard says for itself."""
+        self._inputs = {
+            name: {rank: of.inputs[number] for rank, of in self.details.items() if of.inputs[number].calls > 0}
+            for name, number in self._numbers.items()
+        }
 
     def number(self, stream: str) -> int:
         """Its place among all streams."""
@@ -198,22 +201,9 @@ class View:
     def sample(self, stream: str) -> Sample | None:
         return self.now.streams[stream].sample
 
-    @cached_property
-    def details(self) -> dict[int, RankDetail]:
-        """What each rank that was heard says for itself."""
-        return {rank.rank: rank.detail for rank in self.now.rank_facts if rank.detail is not None}
-
     def inputs(self, stream: str) -> dict[int, StreamInput]:
         """Of each rank that was heard and has called the stream: its inputs."""
         return self._inputs[stream]
-
-    @cached_property
-    def _inputs(self) -> dict[str, dict[int, StreamInput]]:
-        said = self.details.items()
-        return {
-            name: {rank: of.inputs[number] for rank, of in said if of.inputs[number].calls > 0}
-            for name, number in self._numbers.items()
-        }
 
     def lr(self, stream: str) -> float:
         """The learning rate of most ranks; nan where it is not known."""
@@ -265,12 +255,7 @@ class View:
 
     def missing(self, requires: Sequence[str]) -> str:
         """Why a rule that requires these cannot be evaluated; empty if it can."""
-        for name in requires:
-            if name not in self._unmet:
-                self._unmet[name] = REQUIREMENTS[name](self)
-            if self._unmet[name]:
-                return self._unmet[name]
-        return ""
+        return next((reason for name in requires if (reason := REQUIREMENTS[name](self))), "")
 
     def ranks(self) -> Iterator[int]:
         """The ranks that were heard."""
