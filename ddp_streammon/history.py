@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,15 +71,11 @@ class History:
     def _fold(self) -> dict[str, _Series]:
         """Sort the rows kept aside into the columns, which are then complete."""
         if self._rows:
-            new: dict[str, tuple[list[int], list[float], list[float]]] = {}
-            for step, epoch, row in self._rows:
-                for key, value in row.items():
-                    steps, epochs, values = new.setdefault(key, ([], [], []))
-                    steps.append(step)
-                    epochs.append(epoch)
-                    values.append(value)
-            for key, columns in new.items():
-                self._columns.setdefault(key, _Series()).extend(*columns, self.limit)
+            for names, alike in itertools.groupby(self._rows, key=lambda row: tuple(row[2])):
+                steps, epochs, rows = zip(*alike, strict=True)
+                when = array("q", steps), array("d", epochs)
+                for name, values in zip(names, zip(*map(dict.values, rows), strict=True), strict=True):
+                    self._columns.setdefault(name, _Series()).extend(*when, values, self.limit)
             self._rows.clear()
         return self._columns
 

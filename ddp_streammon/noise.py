@@ -96,15 +96,18 @@ def steps_of(stats: StepStats) -> dict[str, NoiseStep]:
 
     Of ranks that are heard in turns, those heard stand for all.
     """
-    samples = [facts.samples for facts in stats.rank_facts]
-    if not stats.local or not all(number > 0 for number in samples):
+    if not stats.local:
         return {}
+    samples = [facts.samples for facts in stats.rank_facts]
+    if not all(number > 0 for number in samples):
+        return {}
+    of_one = statistics.harmonic_mean(samples)
     steps = {}
     for number, (name, stream) in enumerate(stats.streams.items()):
         squares = [rank.norms[number] ** 2 for rank in stats.local]
         if math.isfinite(stream.grad_norm) and not stream.nonfinite and all(map(math.isfinite, squares)):
             mean = statistics.fmean(squares)
-            steps[name] = NoiseStep(stream.grad_norm**2, mean, statistics.harmonic_mean(samples), stats.ranks)
+            steps[name] = NoiseStep(stream.grad_norm**2, mean, of_one, stats.ranks)
     return steps
 
 

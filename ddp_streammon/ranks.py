@@ -1,4 +1,8 @@
-"""What ranks say of themselves, and whether those that should hold the same numbers do."""
+"""What ranks say of themselves, and whether those that should hold the same numbers do.
+
+What each rank says in each step is not frozen: making a frozen dataclass takes four times as long, and a step of 64
+ranks has hundreds. Nobody changes them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ _OTHERS = 5
 _MODULUS, _FACTOR = 2**32, 1_000_003
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StreamInput:
     """A rank's inputs of one stream in a step, from a sample: see `inputs.COLUMNS`."""
 
@@ -35,7 +39,10 @@ class StreamInput:
     first_std: float = math.nan
 
 
-@dataclass(frozen=True)
+_INPUT_CELLS = len(fields(StreamInput))
+
+
+@dataclass(slots=True)
 class RankDetail:
     """What the evidence rules ask of a rank beside its `RankFacts`. nan: not known.
 
@@ -56,24 +63,25 @@ class RankDetail:
     @staticmethod
     def cell_count(streams: int) -> int:
         """How many cells it takes."""
-        return _DETAILS + streams * (3 + len(fields(StreamInput)))
+        return _DETAILS + streams * (3 + _INPUT_CELLS)
 
     @classmethod
     def of_cells(cls, cells: Sequence[float], streams: int) -> RankDetail:
         """From loss, share in eval mode, base learning rates, (weights, moved) of each stream, inputs, and batch."""
-        loss, in_eval = cells[:2]
-        base, rest = tuple(cells[2 : 2 + streams]), cells[2 + streams :]
-        of_weights, rest = rest[: 2 * streams], rest[2 * streams :]
-        width = len(fields(StreamInput))
-        inputs = tuple(StreamInput(*rest[number * width : (number + 1) * width]) for number in range(streams))
-        return cls(loss, in_eval, rest[-1], base, tuple(of_weights[::2]), tuple(of_weights[1::2]), inputs)
+        of_weights = 2 + streams
+        of_inputs = of_weights + 2 * streams
+        base = tuple(cells[2:of_weights])
+        weights, moved = tuple(cells[of_weights:of_inputs:2]), tuple(cells[of_weights + 1 : of_inputs : 2])
+        starts = range(of_inputs, of_inputs + streams * _INPUT_CELLS, _INPUT_CELLS)
+        inputs = tuple([StreamInput(*cells[start : start + _INPUT_CELLS]) for start in starts])
+        return cls(cells[0], cells[1], cells[-1], base, weights, moved, inputs)
 
 
 _DETAILS = 3
 """Cells of `RankDetail` beside the streams'."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RankFacts:
     """What a rank says of itself. nan: it did not say.
 
@@ -98,12 +106,16 @@ class RankFacts:
         return [1.0, *others, *self.lr, *self.weight_decay]
 
     @classmethod
-    def of_cells(cls, rank: int, cells: Sequence[float]) -> RankFacts | None:
-        """The inverse of `cells`; None for a rank that took no part."""
-        streams = (len(cells) - _OTHERS) // 2
+    def of_cells(cls, rank: int, cells: Sequence[float], detail: Sequence[float] | None = None) -> RankFacts | None:
+        """The inverse of `cells`, with the cells of its `RankDetail` where there are any; None for a rank that took no
+        part."""
         present, training, samples, step_seconds, busy_seconds = cells[:_OTHERS]
+        if not present:
+            return None
+        streams = (len(cells) - _OTHERS) // 2
         lr, weight_decay = tuple(cells[_OTHERS : _OTHERS + streams]), tuple(cells[_OTHERS + streams :])
-        return cls(rank, lr, weight_decay, training, samples, step_seconds, busy_seconds) if present else None
+        of_detail = None if detail is None else RankDetail.of_cells(detail, streams)
+        return cls(rank, lr, weight_decay, training, samples, step_seconds, busy_seconds, of_detail)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RankFacts:
@@ -122,7 +134,7 @@ class RankFacts:
         return 2 * streams + _OTHERS
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class LocalNorms:
     """A rank's own gradients, before the average: each stream's L2 norm over finite elements (nan: not read), and count
     of non-finite elements; `parameter`: the number of the first of the backward pass that has some."""
@@ -178,10 +190,9 @@ def outvoted(ranks: Sequence[int], values: Sequence[float]) -> list[int]:
 
     An empty list where all values are equal.
     """
-    counts = Counter(values)
-    if len(counts) < 2:
+    if len(set(values)) < 2:
         return []
-    value, votes = counts.most_common(1)[0]
+    value, votes = Counter(values).most_common(1)[0]
     majority = 2 * votes > len(ranks)
     return [rank for rank, its in zip(ranks, values, strict=True) if not majority or its != value]
 

@@ -1,12 +1,17 @@
-"""Global sums -> named floats. Plain maths; the numbers wait for their collective only when they are read."""
+"""Global sums -> named floats. Plain maths; the numbers wait for their collective only when they are read.
+
+What a step has several of is not frozen, as in ranks.py: it would take four times as long to make.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import numbers
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -28,7 +33,7 @@ ScalarLike: TypeAlias = "float | Tensor | tuple[float | Tensor, float | Tensor] 
 """A mean over the rank's samples (float), a count (int, added up), a pair (sum, weight), or a `Total`."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Scalar:
     """A user's number after the sum over ranks.
 
@@ -46,7 +51,7 @@ class Scalar:
         return self.sum if self.is_total else self.mean
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Sample:
     """Figures of a stream from samples of its weights and gradients (sampled.py); nan where nothing was compared.
 
@@ -82,7 +87,7 @@ class Sample:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StreamStats:
     """A stream's synced gradient: what the optimizer sees, unscaled, before clipping; over finite elements.
 
@@ -133,7 +138,8 @@ class StepStats:
     def values(self) -> dict[str, float]:
         """The figures under their keys."""
         values: dict[str, float] = {}
-        for name, stream in self.streams.items():
+        names = tuple(self.streams)
+        for (of_gradient, of_update), stream in zip(_stream_keys(names), self.streams.values(), strict=True):
             figures = (
                 stream.grad_norm,
                 stream.grad_mean,
@@ -143,19 +149,19 @@ class StepStats:
                 stream.elements,
                 stream.tensors,
             )
-            for figure, value in zip(keys.GRAD_FIGURES, figures, strict=True):
-                values[keys.of_stream(name, figure)] = value
+            values.update(zip(of_gradient, figures, strict=True))
             if not math.isnan(stream.update_norm):
-                values[keys.of_stream(name, keys.UPDATE_NORM)] = stream.update_norm
-                values[keys.of_stream(name, keys.UPDATE_RATIO)] = stream.update_ratio
-        for rank in (rank for rank in self.local if rank.rank < keys.MAX_RANKS):
-            for name, norm in zip(self.streams, rank.norms, strict=True):
-                values[keys.of_rank(name, keys.LOCAL_NORM, rank.rank)] = norm
-        for a, b in keys.pairs(self.streams):
-            values[keys.grad_ratio(a, b)] = ratio(self.streams[a].grad_norm, self.streams[b].grad_norm)
+                values.update(zip(of_update, (stream.update_norm, stream.update_ratio), strict=True))
+        for rank in self.local:
+            if rank.rank < keys.MAX_RANKS:
+                values.update(zip(_rank_keys(names, rank.rank), rank.norms, strict=True))
+        for key, a, b in _ratio_keys(names):
+            values[key] = ratio(self.streams[a].grad_norm, self.streams[b].grad_norm)
         if self.scaled:
             values[keys.SKIPPED] = float(any(stream.nonfinite for stream in self.streams.values()))
-        return values | {name: scalar.value for name, scalar in self.scalars.items()}
+        for name, scalar in self.scalars.items():
+            values[name] = scalar.value
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -183,15 +189,35 @@ class StepStats:
         )
 
 
+@functools.cache
+def _stream_keys(streams: tuple[str, ...]) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
+    """Of each stream the keys of its gradient's figures, and those of its update's."""
+    return tuple((_figure_keys(name, keys.GRAD_FIGURES), _figure_keys(name, keys.UPDATE_FIGURES)) for name in streams)
+
+
+def _figure_keys(stream: str, figures: Iterable[str]) -> tuple[str, ...]:
+    return tuple(keys.of_stream(stream, figure) for figure in figures)
+
+
+@functools.cache
+def _rank_keys(streams: tuple[str, ...], rank: int) -> tuple[str, ...]:
+    return tuple(keys.of_rank(name, keys.LOCAL_NORM, rank) for name in streams)
+
+
+@functools.cache
+def _ratio_keys(streams: tuple[str, ...]) -> tuple[tuple[str, str, str], ...]:
+    return tuple((keys.grad_ratio(a, b), a, b) for a, b in keys.pairs(streams))
+
+
 def step_keys(streams: Sequence[str], scalars: Iterable[str]) -> tuple[str, ...]:
     """The keys of `StepStats.values`, known before the numbers are."""
-    figures = [keys.of_stream(name, figure) for name in streams for figure in keys.GRAD_FIGURES]
-    return (*figures, *(keys.grad_ratio(a, b) for a, b in keys.pairs(streams)), *scalars)
+    figures = [key for name in streams for key in _figure_keys(name, keys.GRAD_FIGURES)]
+    return (*figures, *(key for key, _, _ in _ratio_keys(tuple(streams))), *scalars)
 
 
 def update_keys(streams: Sequence[str]) -> tuple[str, ...]:
     """The keys of an update's figures, in the steps that have them."""
-    return tuple(keys.of_stream(name, figure) for name in streams for figure in keys.UPDATE_FIGURES)
+    return tuple(key for name in streams for key in _figure_keys(name, keys.UPDATE_FIGURES))
 
 
 def ratio(a: float, b: float) -> float:
@@ -279,9 +305,10 @@ def step_stats(
     size each: the moments are their mean.
     """
     alive, scaled, epochs, unplanned = sums[STATE]
-    missing = world_size / max(alive, 1.0)
+    ranks = max(alive, 1.0)
+    missing = world_size / ranks
     table = [[cell * missing for cell in row] for row in sums[MOMENTS]]
-    maxima = [max(ranks) for ranks in sums[MAXIMA]]
+    maxima = [max(of_ranks) for of_ranks in sums[MAXIMA]]
     model_sq_norm = sum(row[SQ_SUM] for row in table)
     updates = sums.get(UPDATES, [(0.0, 0.0)] * len(streams))
     samples = sums.get(SAMPLES, [None] * len(streams))
@@ -298,15 +325,14 @@ def step_stats(
             tensors=_at_least_one(row[TENSORS]),
             update_norm=math.sqrt(update[0]) if update[1] else math.nan,
             update_ratio=math.sqrt(ratio(*update)) if update[1] else math.nan,
-            sample=None if sampled is None else Sample.of_sums(sampled, max(alive, 1.0)),
+            sample=None if sampled is None else Sample.of_sums(sampled, ranks),
         )
-    facts_of = zip(heard, zip(*sums.get(FACTS, ()), strict=True), strict=False)
-    said = [RankFacts.of_cells(rank, cells) for rank, cells in facts_of]
-    if DETAIL in sums:
-        details = [RankDetail.of_cells(cells, len(streams)) for cells in zip(*sums[DETAIL], strict=True)]
-        told = zip(said, details, strict=True)
-        said = [None if facts is None else replace(facts, detail=detail) for facts, detail in told]
-    epoch = float(f"{epochs / max(alive, 1.0):.12g}")  # the mean of equal numbers, without what adding them rounds
+    facts_of = zip(*sums.get(FACTS, ()), strict=True)
+    details_of = zip(*sums[DETAIL], strict=True) if DETAIL in sums else itertools.repeat(None)
+    told = zip(heard, facts_of, details_of, strict=False)
+    said = [RankFacts.of_cells(rank, facts, detail) for rank, facts, detail in told]
+    present = [facts for facts in said if facts is not None]
+    epoch = float(f"{epochs / ranks:.12g}")  # the mean of equal numbers, without what adding them rounds
     return StepStats(
         step=step,
         epoch=None if math.isnan(epoch) else epoch,
@@ -319,21 +345,21 @@ def step_stats(
         nonfinite_ranks=tuple(rank for rank, bad in zip(heard, sums[BAD], strict=True) if bad),
         scaled=scaled > 0,
         unplanned=unplanned > 0,
-        rank_facts=tuple(facts for facts in said if facts is not None),
+        rank_facts=tuple(present),
         local=tuple(
             LocalNorms.of_cells(facts.rank, cells)
             for facts, cells in zip(said, zip(*sums.get(LOCAL, ()), strict=True), strict=False)
             if facts is not None
         ),
-        replicas=compared(
-            families, sums.get(CHECKSUMS, ()), streams, {facts.rank for facts in said if facts is not None}
-        ),
+        replicas=compared(families, sums.get(CHECKSUMS, ()), streams, {facts.rank for facts in present})
+        if families
+        else (),
     )
 
 
 def _at_least_one(count: float) -> int:
     """A count, which is a mean over ranks where they differ: rounded, but what one rank has is not nothing."""
-    return max(round(count), int(count > 0))
+    return round(count) or int(count > 0)
 
 
 class Figures(Mapping[str, float]):

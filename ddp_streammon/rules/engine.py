@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
@@ -19,7 +19,7 @@ from ddp_streammon import keys
 from ddp_streammon.config import Intent, Severity
 from ddp_streammon.described import Setup
 from ddp_streammon.rules.finding import Action, Finding
-from ddp_streammon.rules.view import WINDOW, Memory, View
+from ddp_streammon.rules.view import REQUIREMENTS, WINDOW, Memory, View, Window
 from ddp_streammon.stats import StepStats
 
 
@@ -168,39 +168,50 @@ class Engine:
         self.rules = adjusted(rules, tuple(mute), thresholds or {})
         self.setup = setup
         self._intent = intent
-        self._steps: deque[StepStats] = deque(maxlen=WINDOW)
+        self._window = Window()
         self._memory = Memory()
         self._runs: dict[_Key, _Run] = {}
+        self._standing: list[Finding] | None = []
+        """`findings`, as long as nothing is raised or cleared."""
         self._evaluated: set[str] = set()
         self._cleared: dict[_Key, int] = {}
         """Alarms that are over -> measured steps by then."""
         self._by_id = {rule.id: rule for rule in self.rules}
+        self._required = sorted({name for rule in self.rules for name in rule.requires})
         self._place = {rule.id: number for number, rule in enumerate(self.rules)}
 
     @property
     def view(self) -> View | None:
         """What rules see now; None before the first step."""
-        return View(tuple(self._steps), self._memory, self.setup, self._intent) if self._steps else None
+        return View(self._window, self._memory, self.setup, self._intent) if self._window.steps else None
 
     @property
     def findings(self) -> list[Finding]:
         """What stands, the earliest reasons first."""
-        standing = [run.finding for run in self._runs.values() if run.finding is not None]
-        order = self._place
-        return sorted(standing, key=lambda f: (f.explained_by is not None, -f.severity.level, order.get(f.rule, 99)))
+        if self._standing is None:
+            said = [run.finding for run in self._runs.values() if run.finding is not None]
+            place = self._place
+            said.sort(key=lambda f: (f.explained_by is not None, -f.severity.level, place.get(f.rule, 99)))
+            self._standing = said
+        return [*self._standing]
 
     def take(self, stats: StepStats) -> list[Finding]:
         """Take in a measured step; what stands then."""
-        if self._steps and self._steps[-1].step >= stats.step:
-            self._steps.clear()
-        self._steps.append(stats)
+        self._window.append(stats)
         self._memory.take(stats)
-        view = View(tuple(self._steps), self._memory, self.setup, self._intent)
+        view = View(self._window, self._memory, self.setup, self._intent)
+        followed: dict[str, list[tuple[str | None, int | None]]] = defaultdict(list)
+        for name, stream, rank in self._runs:
+            followed[name].append((stream, rank))
+        unmet = {name for name in self._required if REQUIREMENTS[name](view)}
         count = self._memory.count
         for rule in self.rules:
-            if count % rule.every == 0 and count > rule.warm_up and not view.missing(rule.requires):
-                self._evaluated.add(rule.id)
-                self._evaluate(rule, view)
+            if count % rule.every or count <= rule.warm_up or not unmet.isdisjoint(rule.requires):
+                continue
+            self._evaluated.add(rule.id)
+            signals = list(rule.check(view))
+            if signals or rule.id in followed:
+                self._follow_all(rule, signals, followed[rule.id], view)
         return self.findings
 
     def declare_frozen(self, streams: Iterable[str]) -> None:
@@ -211,6 +222,7 @@ class Engine:
         """Take in the findings of an evaluation, of the class `evaluated`: they stand until the next one."""
         for key in [key for key, run in self._runs.items() if run.finding is not None and self._is_claim(key[0])]:
             del self._runs[key]
+        self._standing = None
         for finding in findings:
             cause = self._cause(Kind.evaluated, finding.rule, finding.stream, finding.rank)
             self._runs[finding.rule, finding.stream, finding.rank] = _Run(finding=_demoted(finding, cause))
@@ -236,7 +248,7 @@ class Engine:
     def nothing_found(self) -> Finding:
         """What is said where nothing stands: how many rules looked, and which could not."""
         missing = self.not_evaluated()
-        step = self._steps[-1].step if self._steps else None
+        step = self._window.steps[-1].step if self._window.steps else None
         because: dict[str, list[str]] = {}
         for name, reason in missing.items():
             because.setdefault(reason, []).append(name)
@@ -270,7 +282,8 @@ class Engine:
         """Go on from a `state_dict`; with another number of ranks what is known of single ranks is forgotten."""
         same = state["world"] == self.setup.world
         self._memory = Memory.of_state(state["memory"])
-        self._steps.clear()
+        self._window.clear()
+        self._standing = None
         self._evaluated = set(state["evaluated"])
         self._cleared = {(rule, stream, rank): count for rule, stream, rank, count in state["cleared"]}
         self._runs = {}
@@ -280,11 +293,11 @@ class Engine:
             if same or rank is None:
                 self._runs[rule, stream, rank] = _Run(run["held"], run["longest"], run["quiet"], finding, run["began"])
 
-    def _evaluate(self, rule: Rule, view: View) -> None:
-        signals = {(signal.stream, signal.rank): signal for signal in rule.check(view)}
-        known = [(stream, rank) for name, stream, rank in self._runs if name == rule.id]
-        if not signals and not known:
-            return
+    def _follow_all(
+        self, rule: Rule, found: Sequence[Signal], known: Sequence[tuple[str | None, int | None]], view: View
+    ) -> None:
+        """`known`: the streams and ranks of which a run of this rule is kept."""
+        signals = {(signal.stream, signal.rank): signal for signal in found}
         heard = {rank.rank for rank in view.now.rank_facts}
         for stream, rank in dict.fromkeys((*signals, *known)):
             if rank is not None and rank not in heard and (stream, rank) not in signals:
@@ -302,6 +315,7 @@ class Engine:
                 if _is_alarm(run.finding):
                     self._cleared[(rule.id, *whom)] = self._memory.count
                 del self._runs[(rule.id, *whom)]
+                self._standing = None
             return
         if strength < 1 or signal is None:
             run.longest = max(run.longest, run.held)
@@ -315,6 +329,7 @@ class Engine:
             cause = None if signal.first else self._cause(rule.kind, rule.id, signal.stream, signal.rank)
             run.finding = _demoted(finding, cause)
             run.quiet = 0
+            self._standing = None
 
     def _cause(self, kind: Kind, rule: str, stream: str | None, rank: int | None) -> str | None:
         """The rule whose alarm, of the last steps, is the reason for one of this kind; None without one."""
@@ -342,7 +357,7 @@ class Engine:
     def _reasons(self, rule: str) -> Iterator[_Key]:
         """The alarms that stand, or were cleared within the window, and have no other reason; of `rule` itself those of
         earlier steps only."""
-        now = self._steps[-1].step if self._steps else 0
+        now = self._window.steps[-1].step if self._window.steps else 0
         for (name, stream, rank), run in self._runs.items():
             finding = run.finding
             stands = finding is not None and _is_alarm(finding) and name in self._by_id

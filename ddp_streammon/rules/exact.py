@@ -22,7 +22,8 @@ def check(stats: StepStats, frozen: Collection[str] = (), parameters: Sequence[s
     """
     findings = []
     for number, (name, stream) in enumerate(stats.streams.items()):
-        if name in frozen:
+        sound = stream.elements and not stream.nonfinite and (stream.grad_norm or stream.grad_max)
+        if sound or name in frozen:
             continue
         origins = [rank for rank in stats.local if rank.nonfinite[number]]
         ranks = [rank.rank for rank in origins] or stats.nonfinite_ranks

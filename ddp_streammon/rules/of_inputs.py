@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from ddp_streammon.ranks import RankFacts, StreamInput
 from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
 from ddp_streammon.rules.of_training import few, single
 from ddp_streammon.rules.view import View
+from ddp_streammon.stats import StepStats
 
 
 @dataclass(frozen=True)
@@ -165,12 +166,13 @@ class OtherScale(Rule):
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
             number = view.number(stream)
+            given = _given(view.steps[-self.WINDOW :], number)
             sizes, means = {}, {}
             for rank in view.inputs(stream):
-                rms = view.of_rank(rank, lambda facts, n=number: _size(_input(facts, n)), self.WINDOW)  # type: ignore[misc]
-                mean = view.of_rank(rank, lambda facts, n=number: _input(facts, n).mean, self.WINDOW)  # type: ignore[misc]
-                if len(rms) >= self.WINDOW // 2 and statistics.median(rms) > 0:
-                    sizes[rank], means[rank] = statistics.median(rms), statistics.median(mean)
+                rms = list(filter(math.isfinite, (math.hypot(of.mean, of.std) for of in given[rank])))
+                if len(rms) >= self.WINDOW // 2 and (size := statistics.median(rms)) > 0:
+                    sizes[rank] = size
+                    means[rank] = statistics.median(filter(math.isfinite, (of.mean for of in given[rank])))
             if len(sizes) < 2:
                 continue
             odd, strength = self._odd(sizes, means)
@@ -193,12 +195,11 @@ class OtherScale(Rule):
 
     def _odd(self, sizes: Mapping[int, float], means: Mapping[int, float]) -> tuple[int | None, float]:
         """The rank that stands apart, and how far in thresholds."""
+        usual, middle = of_others(sizes), of_others(means)
         found = []
         for rank, size in sizes.items():
-            usual = statistics.median(other for at, other in sizes.items() if at != rank)
-            middle = statistics.median(other for at, other in means.items() if at != rank)
-            apart = abs(math.log(size / usual)) / math.log(self.factor)
-            found.append((max(apart, abs(means[rank] - middle) / usual / self.shift), rank))
+            apart = abs(math.log(size / usual[rank])) / math.log(self.factor)
+            found.append((max(apart, abs(means[rank] - middle[rank]) / usual[rank] / self.shift), rank))
         strength, rank = max(found)
         if len(sizes) > 2:
             return rank, strength
@@ -207,8 +208,14 @@ class OtherScale(Rule):
         return (most if far[most] > far[near] + math.log(self.factor) / 2 else None), strength
 
 
-def _size(of: StreamInput) -> float:
-    return math.hypot(of.mean, of.std)
+def _given(steps: Iterable[StepStats], number: int) -> dict[int, list[StreamInput]]:
+    """Of each rank the inputs of a stream in the steps in which it was heard."""
+    given: dict[int, list[StreamInput]] = {}
+    for step in steps:
+        for facts in step.rank_facts:
+            if facts.detail is not None:
+                given.setdefault(facts.rank, []).append(facts.detail.inputs[number])
+    return given
 
 
 @dataclass(frozen=True)
@@ -232,7 +239,11 @@ class SameBatch(Rule):
             figure = detail.loss if math.isnan(detail.batch) else detail.batch
             if not math.isnan(figure):
                 by_batch.setdefault((math.isnan(detail.batch), figure), []).append(rank)
-        alike = [rank for ranks in by_batch.values() if len(ranks) > 1 for rank in ranks if self._changes(view, rank)]
+        same = [rank for ranks in by_batch.values() if len(ranks) > 1 for rank in ranks]
+        if not same:
+            return
+        batches = view.of_ranks(_batch, self.hold)
+        alike = [rank for rank in same if self._change(batches.get(rank, []))]
         if alike:
             yield Signal(
                 seen=f"{few(sorted(alike))} are fed the same batches",
@@ -242,8 +253,7 @@ class SameBatch(Rule):
                 evidence={f"rank {rank}": 1.0 for rank in sorted(alike)[:16]},
             )
 
-    def _changes(self, view: View, rank: int) -> bool:
-        batches = view.of_rank(rank, _batch, self.hold)
+    def _change(self, batches: Sequence[float]) -> bool:
         return len(batches) < 2 or len(set(batches)) == len(batches)
 
 
@@ -279,12 +289,20 @@ class SameOrder(Rule):
 
 def odd_one(values: Mapping[int, float]) -> tuple[int, float]:
     """The rank farthest from the median of the others, in powers of e; of two, the larger one. Values are positive."""
-    far: Sequence[tuple[float, float, int]] = [
-        (abs(math.log(value / statistics.median(o for at, o in values.items() if at != rank))), value, rank)
-        for rank, value in values.items()
-    ]
-    apart, _, rank = max(far)
+    others = of_others(values)
+    apart, _, rank = max((abs(math.log(value / others[rank])), value, rank) for rank, value in values.items())
     return rank, apart
+
+
+def of_others(values: Mapping[int, float]) -> dict[int, float]:
+    """For each of several ranks the median of the other ranks' values; all are sorted once."""
+    ranks = sorted(values, key=values.__getitem__)
+    low, high = (len(ranks) - 2) // 2, (len(ranks) - 1) // 2
+    found = {}
+    for place, rank in enumerate(ranks):
+        below, above = (values[ranks[at + (at >= place)]] for at in (low, high))
+        found[rank] = below if low == high else (below + above) / 2
+    return found
 
 
 RULES: tuple[Rule, ...] = (ZeroInput(), ConstantInput(), Unscaled(), OtherScale(), SameBatch(), SameOrder())

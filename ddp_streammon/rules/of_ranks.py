@@ -121,7 +121,8 @@ class OtherMode(Rule):
         modes = _known(view, lambda facts: facts.training)
         inside = _known(view, lambda facts: math.nan if facts.detail is None else -facts.detail.in_eval)
         for values in (modes, inside):
-            bad = [rank for rank, value in values.items() if value < max(values.values())]
+            most = max(values.values(), default=math.nan)
+            bad = [rank for rank, value in values.items() if value < most]
             if bad:
                 yield Signal(
                     None,
@@ -149,7 +150,7 @@ class Uneven(Rule):
 
     def check(self, view: View) -> Iterator[Signal]:
         samples = {rank: n for rank, n in _known(view, lambda facts: facts.samples).items() if n > 0}
-        if len(samples) < 2:
+        if len(set(samples.values())) < 2:
             return
         rank, apart = odd_one(samples)
         if len(samples) == 2:
@@ -276,11 +277,9 @@ class OtherLoss(Rule):
     """rules.md, D-LOS: in nats. In other units, half of the loss at the start where that is less."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        losses = {}
-        for rank in view.ranks():
-            own = view.of_rank(rank, lambda facts: math.nan if facts.detail is None else facts.detail.loss, self.WINDOW)
-            if len(own) >= self.WINDOW // 2:
-                losses[rank] = statistics.median(own)
+        said = view.of_ranks(lambda facts: math.nan if facts.detail is None else facts.detail.loss, self.WINDOW)
+        own = {rank: said.get(rank, []) for rank in view.ranks()}
+        losses = {rank: statistics.median(of) for rank, of in own.items() if len(of) >= self.WINDOW // 2}
         if len(losses) < 2:
             return
         worst = max(losses, key=losses.__getitem__)

@@ -32,6 +32,8 @@ def single(ranks: Sequence[int]) -> int | None:
 def together(view: View, signals: Iterable[Signal], whole: Callable[[], Signal]) -> list[Signal]:
     """The signals; where all trained streams of several have the same, `whole` in their place."""
     found = list(signals)
+    if not found:
+        return found
     raised = {signal.stream for signal in found if signal.strength >= 1}
     trained = [stream for stream in view.streams if view.trained(stream)]
     return [whole()] if len(trained) > 1 and raised >= set(trained) else found
@@ -49,12 +51,12 @@ class NonFinite(Rule):
     severity: ClassVar[Severity] = Severity.error
 
     def check(self, view: View) -> Iterator[Signal]:
-        now, every = view.now, list(view.ranks())
+        now = view.now
         inputs = {s: [r for r, of in view.inputs(s).items() if of.nonfinite > 0] for s in view.streams}
         if any(inputs.values()):
             for name, bad in inputs.items():
                 if bad:
-                    yield self._signal(view, name, bad, every, f"the input of {name} is not finite on {few(bad)}")
+                    yield self._signal(view, name, bad, f"the input of {name} is not finite on {few(bad)}")
             return
         if now.scaled:
             return
@@ -63,15 +65,15 @@ class NonFinite(Rule):
             return
         origins = [rank for rank in now.local if any(rank.nonfinite)]
         own = [rank.rank for rank in origins]
-        ranks = own or list(now.nonfinite_ranks) or every
+        ranks = own or list(now.nonfinite_ranks) or list(view.ranks())
         of_origin = {name for rank in origins for name, bad in zip(now.streams, rank.nonfinite, strict=True) if bad}
         streams = [name for name in bad_streams if not of_origin or name in of_origin]
         stream: str | None = streams[0] if len(streams) == 1 and streams[0] != keys.SHARED else None
         what = f"gradients of {stream or 'several streams'}" if bad_streams else "a number that was sent"
-        yield self._signal(view, stream, ranks, every, f"{what}: not finite, on {few(ranks)}")
+        yield self._signal(view, stream, ranks, f"{what}: not finite, on {few(ranks)}")
 
-    def _signal(self, view: View, stream: str | None, bad: Sequence[int], every: Sequence[int], seen: str) -> Signal:
-        whose = None if len(bad) == len(every) and len(every) > 1 else single(bad)
+    def _signal(self, view: View, stream: str | None, bad: Sequence[int], seen: str) -> Signal:
+        whose = None if len(bad) == len(view.now.rank_facts) > 1 else single(bad)
         count = sum(of.nonfinite for of in view.now.streams.values())
         return Signal(
             stream,
@@ -135,7 +137,7 @@ class NotOptimized(Rule):
             sample = view.sample(stream)
             if sample is None or view.meant_frozen(stream) or not sample.trainable > sample.optimized:
                 continue
-            moved = view.series(lambda step, stream=stream: _moved(step, stream), 4)  # type: ignore[misc]
+            moved = view.series(moved_share, 4, stream)
             none = sample.optimized == 0
             if not moved or (max(moved) > 0 if none else min(moved) == 1):
                 continue
@@ -151,7 +153,8 @@ class NotOptimized(Rule):
             )
 
 
-def _moved(step: StepStats, stream: str) -> float:
+def moved_share(step: StepStats, stream: str) -> float:
+    """The share of a stream's sampled weights that changed; nan where it is not known."""
     sample = step.streams[stream].sample
     return math.nan if sample is None else sample.moved
 
@@ -242,12 +245,12 @@ class Decay(Rule):
     """Ten times the largest of the usual settings: weights halve in 69 steps."""
 
     def check(self, view: View) -> Iterator[Signal]:
+        if not view.now.rank_facts:
+            return
+        first = view.now.rank_facts[0]
         for number, stream in enumerate(view.now.streams):
-            said = [(rank.lr[number], rank.weight_decay[number]) for rank in view.now.rank_facts]
-            if not said or view.meant_frozen(stream):
-                continue
-            lr, decay = said[0]
-            if not lr * decay > QUIET * self.most:
+            lr, decay = first.lr[number], first.weight_decay[number]
+            if not lr * decay > QUIET * self.most or view.meant_frozen(stream):
                 continue
             old = decay
             new = float(f"{1 / (lr * (view.intent.total_steps or 10_000)):.1g}")
@@ -406,10 +409,10 @@ class Unchanged(Rule):
     def _of_streams(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
             sample, before = view.sample(stream), view.steps[-2].streams[stream]
-            if sample is None or not sample.optimized or not view.trained(stream) or not view.lr(stream) > 0:
+            if sample is None or sample.moved != 0 or not sample.optimized or not before.grad_norm > 0:
                 continue
             rates = [rank.lr[view.number(stream)] for rank in view.steps[-2].rank_facts]
-            if sample.moved == 0 and before.grad_norm > 0 and rates and min(rates) > 0:
+            if view.trained(stream) and view.lr(stream) > 0 and rates and min(rates) > 0:
                 yield self._signal(stream, view)
 
     def _signal(self, stream: str | None, view: View) -> Signal:
@@ -446,8 +449,10 @@ class NotCleared(Rule):
             for stream in view.streams
             if (sample := view.sample(stream)) is not None and sample.uncleared > 0 and sample.optimized > 0
         ]
+        if not found:
+            return
         trained = [stream for stream in view.streams if view.trained(stream)]
-        whole = bool(found) and set(found) >= set(trained)
+        whole = set(found) >= set(trained)
         named: list[str | None] = [None] if whole else [*found]
         for stream in named:
             yield Signal(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from ddp_streammon import keys
 from ddp_streammon.config import Severity
 from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
 from ddp_streammon.rules.finding import Action
-from ddp_streammon.rules.of_training import together
+from ddp_streammon.rules.of_training import moved_share, together
 from ddp_streammon.rules.view import JUMP, View
 from ddp_streammon.stats import StepStats
 
@@ -38,14 +38,14 @@ def _ends(step: StepStats, stream: str) -> float:
 def update(view: View, stream: str, count: int = 40, least: int = 20) -> float:
     """The median update-to-weight ratio of a stream's last measured steps, since its learning rate was last zero; nan
     with fewer than `least`."""
-    number = view.number(stream)
-    values = []
-    for step, before in zip(view.steps[: -count - 1 : -1], view.steps[-2 : -count - 2 : -1], strict=False):
-        if any(rank.lr[number] == 0 for rank in before.rank_facts):
-            break
-        values.append(_update(step, stream))
-    values = [value for value in values if math.isfinite(value)]
-    return statistics.median(values) if len(values) >= least else math.nan
+    before = view.series(_rests, count + 1, stream, view.number(stream))[-2::-1]
+    awake = before.index(1.0) if 1.0 in before else len(before)
+    return view.median(_update, awake, least, stream) if awake else math.nan
+
+
+def _rests(step: StepStats, stream: str, number: int) -> float:
+    """1 where a rank's learning rate of the stream is zero in a step."""
+    return float(any(rank.lr[number] == 0 for rank in step.rank_facts))
 
 
 def missed(view: View, stream: str, count: int) -> bool:
@@ -191,8 +191,10 @@ class Vanishing(_Windowed):
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
-            ratio = view.median(lambda step, s=stream: _ends(step, s), 40, 20)  # type: ignore[misc]
-            if not view.trained(stream) or not ratio * QUIET < self.ratio or view.setup.streams[stream].zeros:
+            if not view.trained(stream) or view.setup.streams[stream].zeros:
+                continue
+            ratio = view.median(_ends, 40, 20, stream)
+            if not ratio * QUIET < self.ratio:
                 continue
             yield Signal(
                 stream,
@@ -271,7 +273,11 @@ class RateLow(_Windowed):
 
 def _total(view: View) -> float:
     """The median norm of the whole gradient."""
-    return view.median(lambda step: math.hypot(*(of.grad_norm for of in step.streams.values() if of.elements)), 20)
+    return view.median(_whole, 20, 1, tuple(view.now.streams))
+
+
+def _whole(step: StepStats, streams: Sequence[str]) -> float:
+    return math.hypot(*[step.streams[stream].grad_norm for stream in streams if step.streams[stream].elements])
 
 
 @dataclass(frozen=True)
@@ -368,9 +374,11 @@ class Imbalance(_Windowed):
     def check(self, view: View) -> Iterator[Signal]:
         sizes = {}
         for stream in view.streams:
-            whole = view.median(lambda step, s=stream: step.streams[s].grad_norm, 40, 20)  # type: ignore[misc]
-            last = view.median(lambda step, s=stream: _last(step, s), 40, 20)  # type: ignore[misc]
-            if view.trained(stream) and whole > 0 and last > 0:
+            if not view.trained(stream):
+                continue
+            whole = view.median(_norm, 40, 20, stream)
+            last = view.median(_last, 40, 20, stream)
+            if whole > 0 and last > 0:
                 sizes[stream] = (whole, last)
         if len(sizes) < 2:
             return
@@ -400,6 +408,10 @@ class Imbalance(_Windowed):
         )
 
 
+def _norm(step: StepStats, stream: str) -> float:
+    return step.streams[stream].grad_norm
+
+
 def _last(step: StepStats, stream: str) -> float:
     sample = step.streams[stream].sample
     return math.nan if sample is None else sample.last
@@ -424,7 +436,7 @@ class WeightsGrow(_Windowed):
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
-            weights = view.series(lambda step, s=stream: _weight(step, s), 40)  # type: ignore[misc]
+            weights = view.series(_weight, 40, stream)
             start = view.memory.start_weight.get(stream, math.nan)
             if len(weights) < 10 or not start > 0 or not weights[0] > 0:
                 continue
@@ -602,8 +614,10 @@ class Rounded(_Windowed):
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
-            moved = view.median(lambda step, s=stream: _share(step, s), 20, 10)  # type: ignore[misc]
-            if not view.setup.streams[stream].low_precision or math.isnan(moved) or not view.lr(stream) > 0:
+            if not view.setup.streams[stream].low_precision or not view.lr(stream) > 0:
+                continue
+            moved = view.median(moved_share, 20, 10, stream)
+            if math.isnan(moved):
                 continue
             yield Signal(
                 stream,
@@ -615,11 +629,6 @@ class Rounded(_Windowed):
                 strength=self.share / moved if moved > 0 else math.inf,
                 evidence={"moved": moved, "threshold": self.share},
             )
-
-
-def _share(step: StepStats, stream: str) -> float:
-    sample = step.streams[stream].sample
-    return math.nan if sample is None else sample.moved
 
 
 RULES: tuple[Rule, ...] = (

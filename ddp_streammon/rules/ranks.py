@@ -72,7 +72,9 @@ def settings(stats: StepStats) -> list[Finding]:
     BATCH (info): batch sizes differ, so that items of smaller batches weigh more in the averaged gradient.
     """
     facts = stats.rank_facts
-    findings = []
+    findings: list[Finding] = []
+    if len(facts) < 2:
+        return findings
     for number, stream in enumerate(stats.streams):
         for name, values in (
             ("learning rate", [rank.lr[number] for rank in facts]),
@@ -155,6 +157,8 @@ def _difference(
     severity: Severity = Severity.error,
     shown: Callable[[float], str] = lambda value: f"{value:g}",
 ) -> list[Finding]:
+    if len(set(values)) < 2:
+        return []
     known = [(rank.rank, value) for rank, value in zip(facts, values, strict=True) if not math.isnan(value)]
     out = outvoted([rank for rank, _ in known], [value for _, value in known])
     if not out:

@@ -3,18 +3,21 @@ what was declared."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from ddp_streammon import keys
 from ddp_streammon.config import Intent
 from ddp_streammon.described import Setup
-from ddp_streammon.ranks import RankDetail, RankFacts, StreamInput
+from ddp_streammon.ranks import RankFacts, StreamInput
 from ddp_streammon.stats import Sample, StepStats
+
+T = TypeVar("T")
 
 WINDOW = 128
 """Measured steps that rules can look back."""
@@ -123,28 +126,73 @@ class Memory:
         self.batches[batch] = self.count
 
 
-@dataclass(frozen=True)
+class Window:
+    """The last `WINDOW` measured steps, and the figures of them that rules ask for again and again: worked out once."""
+
+    def __init__(self) -> None:
+        self.steps: deque[StepStats] = deque(maxlen=WINDOW)
+        self._taken = 0
+        self._columns: dict[Hashable, _Column] = {}
+        """By figure and what it is of."""
+
+    def append(self, stats: StepStats) -> None:
+        """A measured step; one that does not come after the last begins anew."""
+        if self.steps and self.steps[-1].step >= stats.step:
+            self.clear()
+        self.steps.append(stats)
+        self._taken += 1
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.steps.clear()
+        self._columns.clear()
+
+    def column(self, count: int, figure: Callable[..., float], *of: Hashable) -> Iterator[float]:
+        """`figure(step, *of)` of the last `count` steps. Both are kept: a function of a module, not a lambda."""
+        key = (figure, *of)
+        column = self._columns.get(key)
+        if column is None:
+            column = self._columns[key] = _Column()
+        new = _last(self.steps, self._taken - column.taken)
+        column.values.extend([figure(step, *of) for step in new])
+        column.taken = self._taken
+        return _last(column.values, count)
+
+
+@dataclass
+class _Column:
+    """A figure's values in the window, up to the step at which it was asked for last."""
+
+    taken: int = 0
+    values: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+
+def _last(items: deque[T], count: int) -> Iterator[T]:
+    return itertools.islice(items, max(len(items) - count, 0), None)
+
+
 class View:
     """What a rule sees at one measured step."""
 
-    steps: tuple[StepStats, ...]
-    """The last `WINDOW` measured ones, the present one last."""
-    memory: Memory
-    setup: Setup
-    intent: Intent
-
-    @property
-    def now(self) -> StepStats:
-        return self.steps[-1]
-
-    @cached_property
-    def streams(self) -> tuple[str, ...]:
+    def __init__(self, window: Window, memory: Memory, setup: Setup, intent: Intent) -> None:
+        self._window = window
+        self.memory = memory
+        self.setup = setup
+        self.intent = intent
+        self.steps = tuple(window.steps)
+        """The last `WINDOW` measured ones, the present one last."""
+        self.now = self.steps[-1]
+        self.streams = tuple([name for name in self.now.streams if name != keys.SHARED])
         """The user's streams, without `shared`."""
-        return tuple(name for name in self.now.streams if name != keys.SHARED)
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.now.streams)}
+        self._numbers = {name: number for number, name in enumerate(self.now.streams)}
+        self._trained: dict[str, bool] = {}
+        """Of the streams that were asked for."""
+        self.details = {rank.rank: rank.detail for rank in self.now.rank_facts if rank.detail is not None}
+        """What each rank that was heard says for itself."""
+        self._inputs = {
+            name: {rank: of.inputs[number] for rank, of in self.details.items() if of.inputs[number].calls > 0}
+            for name, number in self._numbers.items()
+        }
 
     def number(self, stream: str) -> int:
         """Its place among all streams."""
@@ -153,22 +201,9 @@ class View:
     def sample(self, stream: str) -> Sample | None:
         return self.now.streams[stream].sample
 
-    @cached_property
-    def details(self) -> dict[int, RankDetail]:
-        """What each rank that was heard says for itself."""
-        return {rank.rank: rank.detail for rank in self.now.rank_facts if rank.detail is not None}
-
     def inputs(self, stream: str) -> dict[int, StreamInput]:
         """Of each rank that was heard and has called the stream: its inputs."""
         return self._inputs[stream]
-
-    @cached_property
-    def _inputs(self) -> dict[str, dict[int, StreamInput]]:
-        said = self.details.items()
-        return {
-            name: {rank: of.inputs[number] for rank, of in said if of.inputs[number].calls > 0}
-            for name, number in self._numbers.items()
-        }
 
     def lr(self, stream: str) -> float:
         """The learning rate of most ranks; nan where it is not known."""
@@ -182,46 +217,53 @@ class View:
 
     def trained(self, stream: str) -> bool:
         """Whether the stream is to learn now: not declared frozen, it has trainable tensors, and a learning rate."""
-        sample = self.sample(stream)
-        trainable = sample.trainable if sample is not None else float(self.setup.streams[stream].trainable)
-        return not self.meant_frozen(stream) and trainable > 0 and self.lr(stream) != 0
+        if stream not in self._trained:
+            sample = self.sample(stream)
+            trainable = sample.trainable if sample is not None else float(self.setup.streams[stream].trainable)
+            self._trained[stream] = not self.meant_frozen(stream) and trainable > 0 and self.lr(stream) != 0
+        return self._trained[stream]
 
-    def series(self, figure: Callable[[StepStats], float], count: int = WINDOW) -> list[float]:
-        """The finite values of a figure over the last `count` measured steps."""
-        values = (figure(step) for step in self.steps[-count:])
-        return [value for value in values if math.isfinite(value)]
+    def series(self, figure: Callable[..., float], count: int = WINDOW, *of: Hashable) -> list[float]:
+        """The finite values of a figure over the last `count` measured steps: of `figure(step)`, or, where they are to
+        be kept from step to step, of `figure(step, *of)` (see `Window.column`)."""
+        values = self._window.column(count, figure, *of) if of else map(figure, self.steps[-count:])
+        return list(filter(math.isfinite, values))
 
-    def median(self, figure: Callable[[StepStats], float], count: int, least: int = 1) -> float:
+    def median(self, figure: Callable[..., float], count: int, least: int = 1, *of: Hashable) -> float:
         """The median of a figure over the last `count` measured steps; nan with fewer than `least` values."""
-        values = self.series(figure, count)
+        values = self.series(figure, count, *of)
         return statistics.median(values) if len(values) >= least else math.nan
 
     def losses(self, count: int) -> list[float]:
         """The mean loss over ranks in the last measured steps."""
-        return self.series(lambda step: step.scalars["loss"].mean if "loss" in step.scalars else math.nan, count)
+        return self.series(_mean, count, "loss")
 
     def of_rank(self, rank: int, figure: Callable[[RankFacts], float], count: int) -> list[float]:
         """The finite values of a figure of one rank over the last `count` measured steps."""
         facts = (next((of for of in step.rank_facts if of.rank == rank), None) for step in self.steps[-count:])
         return [value for value in (figure(of) for of in facts if of is not None) if math.isfinite(value)]
 
+    def of_ranks(self, figure: Callable[[RankFacts], float], count: int) -> dict[int, list[float]]:
+        """The finite values of a figure of each rank over the last `count` measured steps."""
+        values: dict[int, list[float]] = {}
+        for step in self.steps[-count:]:
+            for facts in step.rank_facts:
+                value = figure(facts)
+                if math.isfinite(value):
+                    values.setdefault(facts.rank, []).append(value)
+        return values
+
     def missing(self, requires: Sequence[str]) -> str:
         """Why a rule that requires these cannot be evaluated; empty if it can."""
-        for name in requires:
-            if name not in self._unmet:
-                self._unmet[name] = REQUIREMENTS[name](self)
-            if self._unmet[name]:
-                return self._unmet[name]
-        return ""
-
-    @cached_property
-    def _unmet(self) -> dict[str, str]:
-        """Requirement -> why it is not met, of those that were asked for."""
-        return {}
+        return next((reason for name in requires if (reason := REQUIREMENTS[name](self))), "")
 
     def ranks(self) -> Iterator[int]:
         """The ranks that were heard."""
         return (rank.rank for rank in self.now.rank_facts)
+
+
+def _mean(step: StepStats, scalar: str) -> float:
+    return step.scalars[scalar].mean if scalar in step.scalars else math.nan
 
 
 REQUIREMENTS: dict[str, Callable[[View], str]] = {
