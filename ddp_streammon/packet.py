@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -147,23 +148,23 @@ class Layout:
         Slots have the ranks that were heard, in their order, as a last dimension. Sync: waits for a packet that is
         not on the host.
         """
-        shared, slot = _cells(self.plain), _cells(self.slots)
-        fields: dict[str, Any] = {}
-        start = 0
-        for field in self.plain:
-            stop = start + math.prod(field.shape)
-            part = packet[start:stop]
-            fields[field.name] = part.view(field.shape) if field.raw else _shaped(part.tolist(), field.shape)
-            start = stop
-        if slot:
-            heard = len(self.heard(turn))
-            cells = packet[shared : shared + heard * slot].tolist()
-            start = 0
-            for field in self.slots:
-                stop = start + math.prod(field.shape)
-                fields[field.name] = _shaped([cells[cell::slot] for cell in range(start, stop)], field.shape)
-                start = stop
+        cells = packet.tolist()
+        plain, slots = self._runs
+        fields: dict[str, Any] = {
+            field.name: packet[start:stop].view(field.shape) if field.raw else _shaped(cells[start:stop], field.shape)
+            for field, start, stop in plain
+        }
+        if slots:
+            first, slot = plain[-1][2] if plain else 0, self.slot_size
+            sent = cells[first : first + len(self.heard(turn)) * slot]
+            for field, start, stop in slots:
+                fields[field.name] = _shaped([sent[cell::slot] for cell in range(start, stop)], field.shape)
         return fields
+
+    @cached_property
+    def _runs(self) -> tuple[list[tuple[Field, int, int]], list[tuple[Field, int, int]]]:
+        """Where the plain fields are, and where the others are within a rank's slots."""
+        return _placed(self.plain), _placed(self.slots)
 
 
 def _shaped(items: list[Any], shape: tuple[int, ...]) -> Any:
@@ -178,6 +179,12 @@ def _shaped(items: list[Any], shape: tuple[int, ...]) -> Any:
 
 def _cells(fields: Sequence[Field]) -> int:
     return sum(math.prod(field.shape) for field in fields)
+
+
+def _placed(fields: Sequence[Field]) -> list[tuple[Field, int, int]]:
+    """Fields that follow each other, with their first cells and the ones behind their last."""
+    stops = list(accumulate(math.prod(field.shape) for field in fields))
+    return list(zip(fields, [0, *stops], stops, strict=False))
 
 
 class Draft:
