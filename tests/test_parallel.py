@@ -14,9 +14,9 @@ from ddp_streammon.sinks import read_jsonl
 from ddp_streammon.train.__main__ import composed, data_and_model
 from ddp_streammon.train.config import ConfigError, load
 from ddp_streammon.train.training import build, state_of
-from tests.application import SMALL, train, train_ranks
+from tests.application import SMALL, command, train, train_ranks
 from tests.ranks import run_ranks
-from tests.test_app import ROOT, start, torchrun
+from tests.test_app import ROOT
 
 LAYOUTS = {"ddp": [], "fsdp2": ["parallel=fsdp2"], "hsdp": ["parallel=hsdp"]}
 TINY = [*SMALL, "trainer.epochs=1"]
@@ -225,7 +225,7 @@ def test_a_layout_that_cannot_be_is_one_sentence(overrides: list[str], text: str
 @pytest.mark.slow
 def test_ranks_that_cannot_be_shared_out_end_before_a_process_group_starts(tmp_path: Path) -> None:
     sizes = ["parallel=hsdp", "parallel.shard_size=4"]
-    done = torchrun(*SMALL, *sizes, "trainer.timeout_s=20", folder=tmp_path)
+    done = command(*SMALL, *sizes, "trainer.timeout_s=20", folder=tmp_path, ranks=2)
     assert done.returncode != 0
     assert (
         "configuration error: parallel.shard_size=4 does not divide the number of ranks, 2; choose one of 1, 2, or "
@@ -236,7 +236,7 @@ def test_ranks_that_cannot_be_shared_out_end_before_a_process_group_starts(tmp_p
 
 
 def shown(*overrides: str) -> str:
-    done = start("-m", "ddp_streammon.train", "--cfg", "job", *overrides, folder=ROOT / "tests")
+    done = command("--cfg", "job", *overrides, folder=ROOT / "tests")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -247,8 +247,8 @@ def test_the_configuration_shows_the_layout() -> None:
     assert "parallel:\n  name: hsdp\n  shard_size: 4\n" in shown("parallel=hsdp", "parallel.shard_size=4")
 
 
-def test_torchrun_trains_a_sharded_model_to_the_end(tmp_path: Path) -> None:
-    done = torchrun(*TINY, "sinks.console.enabled=true", "parallel=fsdp2", folder=tmp_path, STREAMMON_RUN="run")
+def test_the_command_trains_a_sharded_model_to_the_end(tmp_path: Path) -> None:
+    done = command(*TINY, "sinks.console.enabled=true", "parallel=fsdp2", folder=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     assert "full_test_acc 0." in done.stdout[done.stdout.index("Done: ") :]
     steps = steps_of(tmp_path / "outputs" / "run")

@@ -173,6 +173,8 @@ def test_sinks_that_never_end_are_left_behind_together(
 
 
 def test_a_user_who_interrupts_is_obeyed() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
     class Interrupted(MemorySink):
         def write(self, report: Report) -> None:
             raise KeyboardInterrupt
@@ -187,6 +189,7 @@ def test_a_user_who_interrupts_is_obeyed() -> None:
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         guarded.close(OUTCOME)
+    signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 5
     blocking.released.set()
 
