@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "ddp_streammon", "tests.ranks"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 def _rank(function: Callable[..., Any], rank: int, world: int, store: str, results: Any, args: tuple[Any, ...]) -> None:
@@ -24,6 +24,7 @@ def _rank(function: Callable[..., Any], rank: int, world: int, store: str, resul
     try:
         file_store = dist.FileStore(store, world)
         dist.init_process_group("gloo", store=file_store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+        dist.barrier()  # one that is done at once must not hang up on another that still connects
         results.put((rank, pickle.dumps(function(*args)), None))  # by value: tensors would travel as open files
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
@@ -38,11 +39,11 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     `function` and what it takes and returns must pickle. A rank that raises, or that has not answered after
     `timeout` seconds, fails the test with its traceback or its number.
     """
-    results: Any = _CONTEXT.Queue()
+    results: Any = CONTEXT.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         processes = [
-            _CONTEXT.Process(target=_rank, args=(function, rank, world, store, results, args)) for rank in range(world)
+            CONTEXT.Process(target=_rank, args=(function, rank, world, store, results, args)) for rank in range(world)
         ]
         for process in processes:
             process.start()

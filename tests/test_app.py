@@ -14,6 +14,7 @@ import torch
 
 from ddp_streammon import keys
 from ddp_streammon.sinks import read_jsonl
+from tests.application import command
 from tests.read_wandb import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,7 +119,7 @@ def test_the_same_seed_gives_the_same_run(main_job: tuple[Path, str], tmp_path: 
 
 
 def test_an_unknown_key_ends_the_job_before_a_process_group_starts(tmp_path: Path) -> None:
-    done = start("-m", "ddp_streammon.train", "trainer.epoch=3", folder=tmp_path)
+    done = command("trainer.epoch=3", folder=tmp_path)
     assert done.returncode == 1
     assert "unknown key 'trainer.epoch': trainer has epochs, batch_size" in done.stderr
     assert "nearest: epochs" in done.stderr
@@ -126,7 +127,7 @@ def test_an_unknown_key_ends_the_job_before_a_process_group_starts(tmp_path: Pat
 
 
 def test_a_wrong_value_ends_the_job_with_one_line(tmp_path: Path) -> None:
-    done = start("-m", "ddp_streammon.train", "trainer.epochs=0", folder=tmp_path)
+    done = command("trainer.epochs=0", folder=tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().endswith("configuration error: trainer.epochs must be at least 1, got 0")
     assert "Traceback" not in done.stderr
@@ -178,7 +179,7 @@ def test_a_users_own_model_and_data_are_a_target(tmp_path: Path) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "conf" / "experiment" / "own.yaml").write_text(textwrap.dedent(experiment))
     arguments = ("--config-dir", "conf", "experiment=own", "data=none", "model=none", "streams=none")
-    done = torchrun(*arguments, folder=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}", STREAMMON_RUN="own")
+    done = command(*arguments, folder=tmp_path, ranks=2, run="own")
     assert done.returncode == 0, done.stderr
     records = read_jsonl(tmp_path / "outputs" / "own" / "metrics.jsonl")
     in_use, epoch = (record["values"] for record in records if record["type"] == "epoch")
@@ -199,9 +200,10 @@ def test_the_wheel_runs_from_any_folder(tmp_path: Path) -> None:
     assert start(*install, folder=tmp_path).returncode == 0
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    done = torchrun(*SMALL, "sinks.wandb.enabled=false", folder=elsewhere, PYTHONPATH=str(site), STREAMMON_RUN="w")
+    code = "import ddp_streammon.train.__main__ as train; print(train.__file__); train.main()"
+    overrides = (*SMALL, "trainer.epochs=1", "sinks.wandb.enabled=false")
+    done = start("-c", code, *overrides, folder=elsewhere, PYTHONPATH=str(site), STREAMMON_RUN="w")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(site))
     assert (elsewhere / "outputs" / "w" / "metrics.jsonl").is_file()
-    where = start("-c", "import ddp_streammon; print(ddp_streammon.__file__)", folder=elsewhere, PYTHONPATH=str(site))
-    assert where.stdout.startswith(str(site))
     assert (site / "ddp_streammon" / "py.typed").is_file()

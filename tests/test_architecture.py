@@ -135,4 +135,4 @@ def test_the_core_needs_torch_alone_and_the_wandb_sink_imports_no_wandb() -> Non
 
 
 def test_an_optional_import_would_be_seen() -> None:
-    assert "wandb" in loaded_after("import ddp_streammon, sys, types; sys.modules['wandb'] = types.ModuleType('wandb')")
+    assert "wandb" in loaded_after("import sys, types; sys.modules['wandb'] = types.ModuleType('wandb')")

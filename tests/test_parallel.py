@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,10 @@ from torch import Tensor
 from ddp_streammon.sinks import read_jsonl
 from ddp_streammon.train.__main__ import composed, data_and_model
 from ddp_streammon.train.config import ConfigError, load
-from ddp_streammon.train.training import build, state_of
-from tests.application import SMALL, train, train_ranks
+from ddp_streammon.train.training import build, seed_all, state_of
+from tests.application import SMALL, command, train, train_ranks
 from tests.ranks import run_ranks
-from tests.test_app import ROOT, start, torchrun
+from tests.test_app import ROOT
 
 LAYOUTS = {"ddp": [], "fsdp2": ["parallel=fsdp2"], "hsdp": ["parallel=hsdp"]}
 TINY = [*SMALL, "trainer.epochs=1"]
@@ -54,20 +57,41 @@ def steps_of(folder: Path) -> list[dict[str, float]]:
     return [record["values"] for record in read_jsonl(folder / "metrics.jsonl") if record["type"] == "step"]
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """What each rank found in an epoch, and the run directory."""
+
+    ranks: list[dict[str, Any]]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def epoch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Epoch]:
+    """An epoch of the same training on so many ranks in a layout, run once for all tests."""
+
+    @functools.cache
+    def trained(world: int, layout: str) -> Epoch:
+        folder = tmp_path_factory.mktemp(f"{layout}-{world}")
+        return Epoch(train_ranks(world, [*TINY, *LAYOUTS[layout]], folder), folder)
+
+    return trained
+
+
 @pytest.mark.parametrize(("layout", "world"), [("fsdp2", 2), ("hsdp", 4)])
-def test_an_epoch_gives_the_metrics_of_ddp(layout: str, world: int, tmp_path: Path) -> None:
-    expected = train_ranks(world, TINY, tmp_path / "ddp")[0]
-    for found in train_ranks(world, [*TINY, *LAYOUTS[layout]], tmp_path / layout):
+def test_an_epoch_gives_the_metrics_of_ddp(layout: str, world: int, epoch: Callable[[int, str], Epoch]) -> None:
+    ddp, sharded = epoch(world, "ddp"), epoch(world, layout)
+    expected = ddp.ranks[0]
+    for found in sharded.ranks:
         assert found["figures"] == pytest.approx(expected["figures"], rel=1e-4, abs=1e-4, nan_ok=True)
         assert_close(expected["saved"]["model"], found["saved"]["model"], rtol=1e-4, atol=1e-5)
-    ours, theirs = steps_of(tmp_path / layout), steps_of(tmp_path / "ddp")
+    ours, theirs = steps_of(sharded.folder), steps_of(ddp.folder)
     assert len(ours) == len(theirs) > 1
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-5, nan_ok=True)
 
 
-@pytest.mark.parametrize("layout", ["fsdp2", "hsdp"])
+@pytest.mark.parametrize("layout", ["fsdp2", pytest.param("hsdp", marks=pytest.mark.slow)])
 def test_training_with_and_without_the_monitor_is_bit_identical(layout: str, tmp_path: Path) -> None:
     options = ["trainer.clip_norm=0.5", "trainer.accumulate=2", "trainer.batch_size=64", "model.dropout_p=0.1"]
     overrides = [*TINY, *LAYOUTS[layout], *options]
@@ -143,21 +167,31 @@ def _read_back(overrides: list[str], folder: str) -> dict[str, Any]:
         training.monitor.close()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_another_number_of_ranks_reads_what_was_saved(optimizer: str, tmp_path: Path) -> None:
-    overrides = [*TINY, f"optim={optimizer}"]
-    saved = train_ranks(2, [*overrides, *LAYOUTS["fsdp2"]], tmp_path / "saved")[0]["saved"]
-    resume = f"trainer.resume={tmp_path}/saved/checkpoint.pt"
-    for world, layout in ((4, "hsdp"), (3, "fsdp2"), (1, "ddp")):
-        (tmp_path / f"{world}").mkdir()
-        again = run_ranks(world, _read_back, [*overrides, *LAYOUTS[layout], resume], str(tmp_path / f"{world}"))[0]
-        found = differences(saved, again, "model", "optimizer", "monitor", "epoch", "figures")
-        proved_anew = ("/monitor/replicas", "/monitor/rules/world")
-        assert [path for path in found if not path.startswith(proved_anew)] == []
+def assert_read_back(saved: dict[str, Any], file: Path, world: int, overrides: list[str], folder: Path) -> None:
+    """So many ranks that go on from `file` have what was saved in it."""
+    again = run_ranks(world, _read_back, [*TINY, *overrides, f"trainer.resume={file}"], str(folder))[0]
+    found = differences(saved, again, "model", "optimizer", "monitor", "epoch", "figures")
+    proved_anew = ("/monitor/replicas", "/monitor/rules/world")
+    assert [path for path in found if not path.startswith(proved_anew)] == []
+
+
+@pytest.mark.parametrize(("world", "layout"), [(4, "hsdp"), (3, "fsdp2"), (1, "ddp")])
+def test_another_number_of_ranks_reads_what_was_saved(
+    world: int, layout: str, epoch: Callable[[int, str], Epoch], tmp_path: Path
+) -> None:
+    half = epoch(2, "fsdp2")
+    assert_read_back(half.ranks[0]["saved"], half.folder / "checkpoint.pt", world, LAYOUTS[layout], tmp_path)
+
+
+def test_another_number_of_ranks_reads_what_another_optimizer_saved(tmp_path: Path) -> None:
+    sgd = [*LAYOUTS["fsdp2"], "optim=sgd"]
+    saved = train_ranks(2, [*TINY, *sgd], tmp_path / "saved")[0]["saved"]
+    (tmp_path / "again").mkdir()
+    assert_read_back(saved, tmp_path / "saved" / "checkpoint.pt", 3, sgd, tmp_path / "again")
 
 
 def test_a_stream_stops_at_its_best_and_its_buffers_are_the_same_on_all_ranks(tmp_path: Path) -> None:
-    overrides = [*SMALL, "trainer.epochs=5", *STOPS]
+    overrides = [*SMALL, "trainer.epochs=3", *STOPS]
     saved = {name: train_ranks(2, [*overrides, *LAYOUTS[name]], tmp_path / name)[0] for name in ("ddp", "fsdp2")}
     for name, run in saved.items():
         fou = run["saved"]["early_stopping"]["fou"]
@@ -172,13 +206,14 @@ def test_a_stream_stops_at_its_best_and_its_buffers_are_the_same_on_all_ranks(tm
 
 def test_a_declared_frozen_stream_is_not_trained(tmp_path: Path) -> None:
     frozen = [*TINY, *LAYOUTS["fsdp2"], "streams.fou.frozen=true"]
-    one = train_ranks(2, frozen, tmp_path / "1")[0]["saved"]
-    two = train_ranks(2, [*frozen, "trainer.epochs=2"], tmp_path / "2")[0]["saved"]
-    assert [group["stream"] for group in one["optimizer"]["param_groups"]] == ["pix", "shared"]
+    saved = train_ranks(2, frozen, tmp_path)[0]["saved"]
+    assert [group["stream"] for group in saved["optimizer"]["param_groups"]] == ["pix", "shared"]
+    seed_all(load(composed(frozen)).trainer.seed)
+    start = data_and_model(composed(frozen), load(composed(frozen)))[1].state_dict()
     moved = {
         name.split(".")[1]
-        for name in one["model"]
-        if name.endswith("weight") and not torch.equal(one["model"][name], two["model"][name])
+        for name, value in saved["model"].items()
+        if name.endswith("weight") and not torch.equal(value, start[name])
     }
     assert moved == {"pix", "weight"}  # fc.weight
 
@@ -225,7 +260,7 @@ def test_a_layout_that_cannot_be_is_one_sentence(overrides: list[str], text: str
 @pytest.mark.slow
 def test_ranks_that_cannot_be_shared_out_end_before_a_process_group_starts(tmp_path: Path) -> None:
     sizes = ["parallel=hsdp", "parallel.shard_size=4"]
-    done = torchrun(*SMALL, *sizes, "trainer.timeout_s=20", folder=tmp_path)
+    done = command(*SMALL, *sizes, "trainer.timeout_s=20", folder=tmp_path, ranks=2)
     assert done.returncode != 0
     assert (
         "configuration error: parallel.shard_size=4 does not divide the number of ranks, 2; choose one of 1, 2, or "
@@ -236,7 +271,7 @@ def test_ranks_that_cannot_be_shared_out_end_before_a_process_group_starts(tmp_p
 
 
 def shown(*overrides: str) -> str:
-    done = start("-m", "ddp_streammon.train", "--cfg", "job", *overrides, folder=ROOT / "tests")
+    done = command("--cfg", "job", *overrides, folder=ROOT / "tests")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -247,8 +282,8 @@ def test_the_configuration_shows_the_layout() -> None:
     assert "parallel:\n  name: hsdp\n  shard_size: 4\n" in shown("parallel=hsdp", "parallel.shard_size=4")
 
 
-def test_torchrun_trains_a_sharded_model_to_the_end(tmp_path: Path) -> None:
-    done = torchrun(*TINY, "sinks.console.enabled=true", "parallel=fsdp2", folder=tmp_path, STREAMMON_RUN="run")
+def test_the_command_trains_a_sharded_model_to_the_end(tmp_path: Path) -> None:
+    done = command(*TINY, "sinks.console.enabled=true", "parallel=fsdp2", folder=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     assert "full_test_acc 0." in done.stdout[done.stdout.index("Done: ") :]
     steps = steps_of(tmp_path / "outputs" / "run")

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from ddp_streammon import StreamMonitor, keys
 from ddp_streammon.keys import GRAD_FIGURES, OVERFIT_FIGURES, WEIGHT_FIGURES
 from ddp_streammon.train.__main__ import conf_dir
-from tests.test_app import ROOT, inherited, start
+from tests.application import command
+from tests.test_app import ROOT, inherited
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.S) for language in ("bash", "python")}
@@ -76,21 +77,23 @@ SLOW = ("mfeat_six", "precision=bf16", "hsdp", "fusion_type=gated", "every_steps
 
 
 @pytest.mark.parametrize(
-    "command",
+    "line",
     [
-        pytest.param(command, marks=[pytest.mark.slow] if any(part in command for part in SLOW) else [])
-        for command in COMMANDS
-        if "ddp_streammon.train" in command
+        pytest.param(line, marks=[pytest.mark.slow] if any(part in line for part in SLOW) else [])
+        for line in COMMANDS
+        if "ddp_streammon.train" in line
     ],
 )
-def test_a_command_of_the_application_runs(command: str, tmp_path: Path) -> None:
-    if "htad" in command and find_spec("multiviewstacking") is None:
+def test_a_command_of_the_application_runs(line: str, tmp_path: Path) -> None:
+    if "htad" in line and find_spec("multiviewstacking") is None:
         pytest.skip("multiviewstacking is not installed")
-    launcher, *arguments = shlex.split(command)
-    module = ["-m", "torch.distributed.run"] if launcher == "torchrun" else []
-    done = start(*module, *arguments, *SMALL.split(), folder=tmp_path)
+    before, after = line.split(" -m ddp_streammon.train")
+    launcher = re.fullmatch(r"python|torchrun --nproc-per-node=(\d)", before)
+    assert launcher is not None, before
+    ranks = int(launcher[1] or 0)
+    done = command(*shlex.split(after), *SMALL.split(), folder=tmp_path, ranks=ranks)
     assert done.returncode == 0, done.stderr
-    assert ("Where to look:" if module else "fusion_type: concat") in done.stdout
+    assert ("Where to look:" if ranks else "fusion_type: concat") in done.stdout
 
 
 @pytest.mark.slow

@@ -173,6 +173,8 @@ def test_sinks_that_never_end_are_left_behind_together(
 
 
 def test_a_user_who_interrupts_is_obeyed() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
     class Interrupted(MemorySink):
         def write(self, report: Report) -> None:
             raise KeyboardInterrupt
@@ -187,6 +189,7 @@ def test_a_user_who_interrupts_is_obeyed() -> None:
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         guarded.close(OUTCOME)
+    signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 5
     blocking.released.set()
 
@@ -492,8 +495,3 @@ def test_console_refuses_an_unknown_style() -> None:
     style: Any = "yaml"
     with pytest.raises(ValueError, match="console action_style must be one of words, hydra, got 'yaml'"):
         ConsoleSink(action_style=style)
-
-
-def test_sinks_do_not_import_wandb() -> None:
-    code = "import sys, ddp_streammon.sinks.wandb; sys.exit('wandb' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -20,14 +21,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from ddp_streammon import StreamMonitor
+from ddp_streammon import StreamMonitor, watch
 from ddp_streammon.evaluation import Items
 from ddp_streammon.report import Report
 from ddp_streammon.sinks import JsonlSink, MemorySink, guard, read_jsonl
 from tests.application import train
 from tests.faults import SMALL, Broken
 from tests.networks import STREAMS, batch, loss_of, network, part
-from tests.ranks import run_ranks
+from tests.ranks import CONTEXT, run_ranks
 from tests.read_wandb import read_run
 from tests.test_app import ROOT, inherited, start
 
@@ -370,36 +371,31 @@ def test_a_job_that_is_asked_to_go_keeps_its_records(tmp_path: Path) -> None:
     assert run.exit_code == 1
 
 
-OWN_LOOP = """
-import time, torch
-from ddp_streammon import watch
-from ddp_streammon.sinks import JsonlSink
-from tests.networks import STREAMS, batch, loss_of, network
-model = network()
-monitor = watch(model, streams=STREAMS, sinks=[JsonlSink("log.jsonl")])
-for number in range(1_000_000):
-    loss_of(model, batch()).backward()
-    monitor.step()
-    print(number + 1, flush=True)
-    time.sleep(0.01)
-"""
+def _own_loop(folder: str, calls: Any) -> None:
+    os.chdir(folder)
+    model = network()
+    monitor = watch(model, streams=STREAMS, sinks=[JsonlSink("log.jsonl")])
+    for number in range(1_000_000):
+        loss_of(model, batch()).backward()
+        monitor.step()
+        calls.send(number + 1)
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_loop_of_ones_own_that_is_killed_keeps_its_records(number: signal.Signals, tmp_path: Path) -> None:
-    loop = subprocess.Popen(
-        [sys.executable, "-c", OWN_LOOP],
-        cwd=tmp_path,
-        env={**inherited(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert loop.stdout is not None
-    with loop.stdout:
-        for line in loop.stdout:
-            if line.strip() == "30":
-                loop.send_signal(number)
-                break
-        assert loop.wait(timeout=20) == -number
+    calls, told = CONTEXT.Pipe(duplex=False)
+    loop = CONTEXT.Process(target=_own_loop, args=(str(tmp_path), told))
+    loop.start()
+    told.close()
+    try:
+        while calls.poll(60) and calls.recv() < 30:
+            pass
+        os.kill(loop.pid, number)
+        loop.join(timeout=20)
+        assert loop.exitcode == -number
+    finally:
+        loop.kill()
+        loop.join()
     steps = [record["step"] for record in steps_of(tmp_path / "log.jsonl")]
     assert steps[:28] == list(range(1, 29))  # step 29 arrives at call 30, and may have been under way
