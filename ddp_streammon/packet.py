@@ -208,7 +208,7 @@ class Draft:
 
     def send(self, cells: Tensor | None) -> None:
         """What was said goes into `cells`, on their device; without them it stays on the host. Sync: none."""
-        said = torch.tensor(self._said, dtype=torch.float64, pin_memory=cells is not None)
+        said = torch.tensor(self._said, dtype=torch.float64, pin_memory=cells is not None and cells.is_cuda)
         self._cells = said if cells is None else cells.copy_(said, non_blocking=True)
 
     def at(self, name: str) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddp_streammon.packet import Field, Layout
+from ddp_streammon.packet import ASIDE, Draft, Field, Layout
 from ddp_streammon.stats import step_layout
 from tests.ranks import run_ranks
 
@@ -140,3 +140,33 @@ def test_special_values_arrive_exactly_and_bit_equal_on_all_ranks(world: int) ->
         expected = SPECIAL[rank:] + SPECIAL[:rank]
         own = cells[rank * len(SPECIAL) : (rank + 1) * len(SPECIAL)]
         assert [repr(value) for value in own] == [repr(value) for value in expected]
+
+
+TURNS = Layout((Field("one"), Field("table", (2, 3)), Field("slots", (2,), per_rank=True)), 4, limit_bytes=80)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_draft_is_the_packet_that_pack_makes(rank: int) -> None:
+    given = values(rank)
+    for turn in range(TURNS.turns):
+        draft = Draft(TURNS, rank, turn, aside=3)
+        draft.say("one", [0.5])
+        draft.say("slots", given["slots"].tolist())
+        draft.say(ASIDE, [7.0, 8.0, 9.0])
+        draft.send(None)
+        draft.put("one", given["one"])
+        draft.put("table", given["table"][:, :2].reshape(-1)[:3])
+        draft.put("table", given["table"].view(-1)[3:], 3)
+        draft.at("table")[:3] = given["table"][0]
+        assert torch.equal(draft.packet, TURNS.pack(given, rank, turn=turn))
+        assert draft.at(ASIDE).tolist() == [7, 8, 9]
+        assert draft.at("slots").tolist() == given["slots"].tolist(), "also where they are not sent"
+
+
+def test_a_draft_is_written_where_it_is_wanted() -> None:
+    draft = Draft(LAYOUT, 1)
+    cells = torch.full((draft.cell_count,), 5.0, dtype=torch.float64)
+    draft.say("slots", [1.0, 2.0])
+    draft.send(cells)
+    assert draft.packet.data_ptr() == cells.data_ptr()
+    assert cells.tolist() == [0.0] * 9 + [1.0, 2.0] + [0.0] * 4

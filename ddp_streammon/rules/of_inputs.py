@@ -186,7 +186,7 @@ class OtherScale(Rule):
                 likely=f"the shard of {few([odd]) if odd is not None else 'one of them'} was written or normalised "
                 "differently",
                 do=f"compare the {stream} records of {few(list(sizes)[:2])}"
-                if rank is None
+                if odd is None
                 else f"look at the {stream} records of rank {odd}",
                 confirm="the root mean squares agree",
                 strength=strength,
