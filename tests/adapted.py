@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,6 +65,13 @@ def figures(sink: MemorySink | streammon.StreamMonitor) -> dict[str, list[float]
     return {key: sink.history[key] for key in keys}
 
 
+def validation_loss(model: nn.Module) -> float:
+    """The mean over the held-out items, each once."""
+    rgb, depth, target = held_out().tensors
+    with torch.no_grad():
+        return float(functional.cross_entropy(model.eval()(rgb, depth), target))
+
+
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), LR)
 
@@ -118,6 +126,29 @@ def printed() -> Iterator[io.StringIO]:
         yield text
 
 
+def snippet(framework: str, **names: Any) -> str:
+    """Run the README's snippet of a framework; what it prints on rank 0."""
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    blocks = re.findall(r"```py\n(.*?)```", readme, re.S)
+    (code,) = (block for block in blocks if f"from ddp_streammon.adapters.{framework} import" in block)
+    with printed() as text:
+        exec(code, {"torch": torch, **names})
+    return text.getvalue()
+
+
+class Towers(nn.Module):
+    """The network under the names that the README uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        net = network()
+        self.rgb_tower, self.depth_tower, self.mix = net.rgb, net.depth, net.mix
+
+    def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
+        logits: Tensor = self.mix(torch.cat([self.rgb_tower(rgb), self.depth_tower(depth)], dim=1))
+        return logits
+
+
 class _Interrupted(Exception):
     """What ends a training of the tests."""
 
@@ -141,9 +172,9 @@ def lightning(folder: str) -> dict[str, Any]:
     from ddp_streammon.adapters.lightning import StreamCallback
 
     class Lit(framework.LightningModule):
-        def __init__(self, fails_at: int | None = None) -> None:
+        def __init__(self, fails_at: int | None = None, net: nn.Module | None = None) -> None:
             super().__init__()
-            self.net, self.fails_at = network(), fails_at
+            self.net, self.fails_at = net or network(), fails_at
 
         def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
             return self.net(rgb, depth)
@@ -196,7 +227,7 @@ def lightning(folder: str) -> dict[str, Any]:
     half = trainer(1, callbacks=[scored])
     resumed = Lit()
     with printed():
-        fit(half, Lit())
+        fit(half, half_way := Lit())
         half.save_checkpoint(f"{folder}/half.ckpt")
         fit(trainer(callbacks=[again]), resumed, ckpt_path=f"{folder}/half.ckpt")
 
@@ -215,7 +246,10 @@ def lightning(folder: str) -> dict[str, Any]:
             StreamCallback(STREAMS).on_train_start(several, None)
         except ValueError as error:
             refused = str(error)
+    os.chdir(folder)
+    loaders = {"train_loader": DataLoader(data(), BATCH), "val_loader": DataLoader(held_out(), 4)}
     return {
+        "snippet": snippet("lightning", module=Lit(net=Towers()), **loaders),
         "scaled": figures(half_precision.running),
         "refused": [refused],
         "plain": plain(strided(dist.get_rank()), divisor=ACCUMULATE),
@@ -226,6 +260,7 @@ def lightning(folder: str) -> dict[str, Any]:
         "ended": [ended(memory), ended(told)],
         "resumed": (again.running.calls, figures(again.running)),
         "evaluated": {key: scored.running.history[key] for key in ("full_val_loss", "rgb_val_uses")},
+        "validation": [validation_loss(half_way.net)],
         "failed": (failure, failed.running.calls),
         "intent": callback.running.config.intent,
         "logged": Path(folder, "csv", "0", "metrics.csv").read_text() if dist.get_rank() == 0 else "",
@@ -254,6 +289,13 @@ def accelerated(folder: str) -> dict[str, Any]:
 
         def log(self, values: dict[str, float], step: int, **_: Any) -> None:
             logged.append((values, step))
+
+    def readme() -> str:
+        accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATE)
+        net = Towers()
+        made = accelerator.prepare(net, optimizer_of(net), DataLoader(data(), BATCH), DataLoader(held_out(), 4))
+        names = dict(zip(("model", "optimizer", "train_loader", "val_loader"), made, strict=True))
+        return snippet("accelerate", accelerator=accelerator, **names)
 
     def train(
         epochs: int, *, watched: bool, start: str = "", save: str = "", fails_at: int = 1000, tracker: Any = None
@@ -294,6 +336,7 @@ def accelerated(folder: str) -> dict[str, Any]:
             accelerator.save_state(save)
         watch = around.running if around is not None else None
         return {
+            "validation": [validation_loss(net)],
             "counts": dict(calls.counts),
             "weights": weights(net),
             "watch": watch,
@@ -308,6 +351,7 @@ def accelerated(folder: str) -> dict[str, Any]:
         resumed = train(1, watched=True, start=f"{folder}/half")
         failed = train(1, watched=True, fails_at=2)
     return {
+        "snippet": readme(),
         "plain": plain(alternate(dist.get_rank()), divisor=ACCUMULATE),
         "figures": figures(whole["watch"]),
         "counts": {"without": without["counts"], "with": whole["counts"]},
@@ -316,6 +360,7 @@ def accelerated(folder: str) -> dict[str, Any]:
         "ended": [whole["ended"], failed["ended"]],
         "resumed": (resumed["watch"].calls, figures(resumed["watch"])),
         "evaluated": {key: [resumed["evaluation"][key]] for key in ("full_val_loss", "rgb_val_uses")},
+        "validation": resumed["validation"],
         "failed": ("raised", failed["watch"].calls),
         "intent": whole["watch"].config.intent,
         "logged": logged,
@@ -328,9 +373,9 @@ def accelerated(folder: str) -> dict[str, Any]:
 class Classifier(nn.Module):
     """The two streams as transformers has models: named inputs, and a loss over `num_items_in_batch` where given."""
 
-    def __init__(self) -> None:
+    def __init__(self, net: nn.Module | None = None) -> None:
         super().__init__()
-        self.net = network()
+        self.net = net or network()
 
     def forward(self, rgb: Tensor, depth: Tensor, labels: Tensor | None = None, **named: Any) -> dict[str, Tensor]:
         logits = self.net(rgb, depth)
@@ -357,8 +402,8 @@ def huggingface(folder: str) -> dict[str, Any]:
             if state.global_step == 2:
                 raise _Interrupted
 
-    def trainer(name: str, *, callbacks: Sequence[Any] = (), **options: Any) -> Any:
-        module = Classifier()
+    def trainer(name: str, *, callbacks: Sequence[Any] = (), net: nn.Module | None = None, **options: Any) -> Any:
+        module = Classifier(net)
         arguments = TrainingArguments(
             **{
                 "output_dir": f"{folder}/{name}",
@@ -421,6 +466,7 @@ def huggingface(folder: str) -> dict[str, Any]:
             refused.append(str(error))
     mine = alternate(dist.get_rank())
     return {
+        "snippet": snippet("huggingface", trainer=trainer("readme", net=Towers(), eval_strategy="epoch")),
         "refused": refused,
         "plain": plain(mine, divisor=None, clip_first=True),
         "plain_unclipped": plain(mine, divisor=None),
@@ -433,7 +479,7 @@ def huggingface(folder: str) -> dict[str, Any]:
         "ended": [ended(memory), ended(told)],
         "resumed": (again.running.calls, figures(again.running)),
         "evaluated": {key: callback.running.history[key] for key in ("full_val_loss", "rgb_val_uses")},
-        "eval_loss": [row["eval_loss"] for row in with_.state.log_history if "eval_loss" in row],
+        "validation": [row["eval_loss"] for row in with_.state.log_history if "eval_loss" in row],
         "failed": (failure, failed.running.calls),
         "intent": unclipped.running.config.intent,
         "logged": with_.state.log_history,

@@ -68,9 +68,8 @@ def test_a_checkpoint_goes_on_counting(training: tuple[str, list[Any]]) -> None:
 def test_validation_evaluates_each_item_once(training: tuple[str, list[Any]]) -> None:
     first, second = (rank["evaluated"] for rank in training[1])
     assert first == second
-    assert all(math.isfinite(value) for values in first.values() for value in values)
-    if "eval_loss" in training[1][0]:
-        assert first["full_val_loss"] == pytest.approx(training[1][0]["eval_loss"], rel=1e-5)
+    assert first["full_val_loss"] == pytest.approx(training[1][0]["validation"], rel=1e-5)
+    assert all(math.isfinite(value) for value in first["rgb_val_uses"])
 
 
 def test_the_sinks_are_told_how_it_ended(training: tuple[str, list[Any]]) -> None:
@@ -112,6 +111,12 @@ def test_the_frameworks_own_logger_has_the_figures(training: tuple[str, list[Any
         )
         own = [row["loss"] for row in first["logged"] if "loss" in row]
         assert own == pytest.approx(first["figures"]["loss"], rel=1e-5)
+
+
+def test_the_readmes_snippet_runs(training: tuple[str, list[Any]]) -> None:
+    first, second = (rank["snippet"] for rank in training[1])
+    assert "rgb     4        9,695" in first and "no alarm from" in first
+    assert "rgb     4" not in second
 
 
 def test_what_a_framework_cannot_tell(training: tuple[str, list[Any]]) -> None:

@@ -94,6 +94,26 @@ def test_the_jobs_of_a_sweep_run(tmp_path: Path) -> None:
     assert len(losses[0]) == len(losses[1]) == 6 and losses[0] != losses[1]
 
 
+def test_the_readmes_commands_start_what_they_say(told: dict[str, str]) -> None:
+    (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    *commands, batch = block.splitlines()
+    done = subprocess.run(
+        ["bash", "-ec", "\n".join(commands)],
+        cwd=ROOT,
+        env=told,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "first: --nproc-per-node=auto --max-restarts=0 --nnodes=2 " in done.stdout
+    assert "experiment=mfeat_six\n" in done.stdout
+    assert done.stdout.count(" --standalone ") == 4
+    script_of_batch = re.search(r"^sbatch .*(launch/\S+)", batch)
+    assert script_of_batch and (ROOT / script_of_batch[1]).is_file()
+
+
 # Slurm ------------------------------------------------------------------------------------------------------------
 
 

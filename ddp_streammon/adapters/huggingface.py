@@ -19,10 +19,9 @@ class StreamCallback(Guest, TrainerCallback):  # type: ignore[misc]
     """`with StreamCallback(trainer, {"rgb": "rgb_tower", "depth": "depth_tower"}): trainer.train()`; see also `Guest`.
 
     Measures in `on_pre_optimizer_step`: once an accumulation, unscaled, but after the Trainer clips to `max_grad_norm`:
-    steps then carry `clipped_to`; norms are at most that, shares and ratios are right all the same. With
-    `max_grad_norm=0` and `clip_norm=1.0` here they are clipped after they are measured. Figures go through
-    `trainer.log` every `logging_steps`, findings to the terminal. With a `score` (`common.of_logits()`) `on_evaluate`
-    evaluates. Its state lies in each checkpoint's folder; the end of the block closes it, also by an exception.
+    steps then carry `clipped_to`; shares and ratios are right all the same. With `max_grad_norm=0` and `clip_norm=1.0`
+    here they are clipped after they are measured. Figures go through `trainer.log` every `logging_steps`. With a
+    `score` (`common.of_logits()`) `on_evaluate` evaluates. Its state lies in the checkpoints' folders.
     """
 
     words = Words(groups="Trainer(optimizers)", clip="StreamCallback(clip_norm)")
@@ -72,8 +71,9 @@ class StreamCallback(Guest, TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         saved = self.running.state_dict()  # on every rank, so that all bring in the same steps
-        if args.should_save:
-            torch.save(saved, Path(args.output_dir, f"checkpoint-{state.global_step}", FILE))
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if args.should_save and folder.is_dir():  # a hyperparameter search has another
+            torch.save(saved, folder / FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._close()
