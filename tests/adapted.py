@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, TensorDataset
 
 import ddp_streammon as streammon
 from ddp_streammon.adapters.common import of_logits
@@ -397,6 +397,10 @@ def huggingface(folder: str) -> dict[str, Any]:
 
     from ddp_streammon.adapters.huggingface import StreamCallback
 
+    class InOrder(Trainer):  # type: ignore[misc]
+        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)
+
     class Fails(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 2:
@@ -415,7 +419,6 @@ def huggingface(folder: str) -> dict[str, Any]:
                 "per_device_eval_batch_size": 4,
                 "gradient_accumulation_steps": ACCUMULATE,
                 "num_train_epochs": EPOCHS,
-                "train_sampling_strategy": "sequential",
                 "lr_scheduler_type": "constant",
                 "max_grad_norm": CLIP,
                 "logging_steps": 1,
@@ -423,7 +426,7 @@ def huggingface(folder: str) -> dict[str, Any]:
                 **options,
             }
         )
-        return Trainer(
+        return InOrder(
             model=module,
             args=arguments,
             train_dataset=rows(data()),
