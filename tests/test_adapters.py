@@ -220,6 +220,13 @@ def test_every_second_steps_figures_are_logged_and_what_is_wrong_is_said_at_once
     assert capsys.readouterr().out == ""
 
 
+def test_a_printed_finding_ends_in_what_to_set(capsys: pytest.CaptureFixture[str]) -> None:
+    with Loop(STREAMS, config=MonitorConfig(intent=Intent(lr={"depth": 0.02}))) as loop:
+        loop.train([])
+    assert "RATE: " in (printed := capsys.readouterr().out)
+    assert "[param_groups[1]['lr']: 0.2 -> 0.02]\n" in printed and "optim.streams" not in printed
+
+
 def test_a_guest_has_no_monitor_before_it_begins() -> None:
     with pytest.raises(RuntimeError, match="it is made when training begins"):
         _ = Loop().running
