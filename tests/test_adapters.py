@@ -248,7 +248,7 @@ def test_micro_batches_are_weighted_by_their_samples() -> None:
     micro = MicroBatches()
     assert micro.take() == {"loss": None, "samples": None}
     loss = torch.tensor(2.0, dtype=torch.float64)
-    micro.mean(loss, 1)
+    micro.add(loss, 1, 1)
     loss *= 100  # as transformers scales a loss in place
     micro.mean(torch.tensor(5.0), 3)
     taken = micro.take()
