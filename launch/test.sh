@@ -7,6 +7,10 @@ source launch/environment.sh
 python -c 'import sys, importlib.util as u; sys.exit(u.find_spec("triton") is None)' ||
   python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.7.1 ||
   echo "no Triton for this platform: the tests of its kernel are skipped"
+# The frameworks of the adapters; 120 MB, of which little is ever imported, hence not compiled in advance.
+python -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ("lightning", "transformers", "accelerate"))))' ||
+  python -m pip install --quiet --disable-pip-version-check --no-compile -c launch/constraints.txt \
+    lightning transformers accelerate
 export OMP_NUM_THREADS=1 WANDB_MODE=offline
 ruff check .
 ruff format --check .

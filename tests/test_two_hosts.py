@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,8 @@ import pytest
 from ddp_streammon.sinks import read_jsonl
 from tests.faults import SMALL
 from tests.ranks import run_ranks
-from tests.test_app import ROOT, inherited
+from tests.scripts import environment
+from tests.test_app import ROOT
 from tests.test_survival import findings_of, target, wait_for
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ def hosts() -> Iterator[str]:
 
 
 class Job:
-    """One torchrun on each host, and an end to both whatever the test does."""
+    """launch/torchrun.sh on each host, and an end to both whatever the test does."""
 
     def __init__(self, hosts: str, folder: Path, *overrides: str, restarts: int = 0) -> None:
         self.restarts = restarts
@@ -51,17 +51,21 @@ class Job:
         self.launchers = [self._start(hosts, folder, side, overrides) for side in (1, 2)]
 
     def _start(self, hosts: str, folder: Path, side: int, overrides: tuple[str, ...]) -> subprocess.Popen[str]:
-        launcher = [
-            *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"),
-            *("--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29788", "--rdzv-id=two"),
-            f"--max-restarts={self.restarts}",
-            *(f"--rdzv-conf=is_host={int(side == 1)}", f"--local-addr=10.77.0.{side}"),
-            *("-m", "ddp_streammon.train"),
-        ]
+        variables = {
+            **environment(folder / f"environment{side}"),
+            "NNODES": "2",
+            "NPROC": "1",
+            "NODE_RANK": str(side - 1),
+            "MAX_RESTARTS": str(self.restarts),
+            "HEAD": "10.77.0.1",
+            "PORT": "29788",
+            "LOCAL_ADDR": f"10.77.0.{side}",
+            "STREAMMON_RUN": "two",
+        }
         return subprocess.Popen(
-            [*SCRIPT, "on", hosts, str(side), *launcher, *overrides],
+            [*SCRIPT, "on", hosts, str(side), "bash", str(ROOT / "launch" / "torchrun.sh"), *overrides],
             cwd=folder,
-            env={**inherited(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "STREAMMON_RUN": "two"},
+            env=variables,
             stdout=self.logs[side - 1].open("w"),
             stderr=subprocess.STDOUT,
             text=True,
@@ -101,8 +105,21 @@ def test_a_job_on_two_hosts_is_the_job_on_one(hosts: str, tmp_path: Path) -> Non
         [(record["values"], record["findings"]) for record in read_jsonl(file) if record["type"] in ("step", "epoch")]
         for file in (job.file, tmp_path / "one" / "metrics.jsonl")
     )
-    assert len(mine) == 14
+    assert len(mine) == 16  # 12 steps, and of each of 2 evaluations what the head uses and each stream alone
     assert repr(mine) == repr(theirs)
+
+
+def test_the_main_job_runs_to_its_end_on_two_hosts(hosts: str, tmp_path: Path) -> None:
+    overrides = ["model.width=4", "trainer.epochs=1", "trainer.progress=false", "sinks.wandb.enabled=false"]
+    with Job(hosts, tmp_path, *overrides) as job:
+        codes = job.ends(180)
+        assert codes == [0, 0], job.logs[0].read_text() + job.logs[1].read_text()
+        first, second = (log.read_text() for log in job.logs)
+    assert "Where to look:" in first and "Where to look:" not in second
+    records = read_jsonl(job.file)
+    assert job.steps() == [1, 2, 3, 4]  # 1,200 items, 2 ranks of 128
+    assert {record["values"]["samples"] for record in records if record["type"] == "step"} <= {256.0, 1200.0 - 3 * 256}
+    assert records[-1]["exit_code"] == 0
 
 
 def test_a_rank_killed_on_the_other_host_restarts_the_job_on_both(hosts: str, tmp_path: Path) -> None:
