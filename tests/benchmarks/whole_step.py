@@ -32,8 +32,8 @@ SIZES = {
     ("cpu", "resnet"): (4, 64, 1),
     ("cpu", "vit"): (2, 32, 1),
     ("cuda", "small"): (256, 8, 20),
-    ("cuda", "resnet"): (64, 224, 10),
-    ("cuda", "vit"): (32, 224, 10),
+    ("cuda", "resnet"): (256, 224, 5),
+    ("cuda", "vit"): (64, 224, 5),
 }
 """(device, model) -> items a rank, height and width of an image, steps a block."""
 
