@@ -121,11 +121,15 @@ class GradientMeter:
         ranks = tuple(range(self._collective.topology.world_size))
         return all(family.sets == (ranks,) for family in self._families)
 
-    def summed_later(self) -> tuple[Linear, ...]:
-        """The parameters of this rank that have gradients still to be summed, now or earlier."""
+    def summed_later(self) -> tuple[tuple[Linear, ...], str]:
+        """The parameters of this rank that have gradients still to be summed, now or earlier; and why they cannot be
+        summed in a packet, empty where they can: to be raised where all ranks know of it."""
         if not self._has_dtensors:
-            return self.agreed
-        return tuple(sorted({*self.agreed, *linear.find(self._streams)}))
+            return self.agreed, ""
+        try:
+            return tuple(sorted({*self.agreed, *linear.find(self._streams)})), ""
+        except ValueError as error:
+            return self.agreed, str(error)
 
     def plan(self, scalars: Mapping[str, bool], tensors: tuple[Linear, ...] = (), *, of_step: bool = True) -> Plan:
         """The plan of a packet that carries these numbers of the user's, and these tensors' gradients as they are.
@@ -174,7 +178,8 @@ class GradientMeter:
         layout = plan.audit_layout if audit else plan.layout
         draft = Draft(layout, self._rank, turn, 0 if self._details is None else self._details.aside)
         given = user_numbers(tuple(plan.scalars), numbers, samples, self.device)
-        unplanned = bool(set(self.summed_later()) - set(plan.tensors))
+        found, refused = self.summed_later()
+        unplanned = bool(refused or set(found) - set(plan.tensors))
         draft.say(STATE, [1.0, float(scaled), math.nan if epoch is None else epoch, float(unplanned)])
         draft.say(SCALARS, given.cells)
         draft.say(BAD, [given.bad])
@@ -304,7 +309,7 @@ class GradientMeter:
     def power(self, scaler: torch.amp.GradScaler | None) -> Figures:
         """See `power.gradient_power`. Comm: one all_reduce(SUM). Sync: none until a figure is read."""
         inverse = self._inverse_scale(scaler) if scaler is not None and scaler.is_enabled() else 1.0
-        later = {tensor.name for tensor in self.summed_later()}
+        later = {tensor.name for tensor in self.summed_later()[0]}
         return gradient_power(self._streams, self.weight_shares, self._collective, _gradient, inverse, undefined=later)
 
     def is_scaled(self, scaler: torch.amp.GradScaler | None) -> bool:
