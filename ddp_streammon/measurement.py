@@ -20,11 +20,12 @@ from ddp_streammon.facts import Facts
 from ddp_streammon.graphs import Graphs
 from ddp_streammon.linear import Linear
 from ddp_streammon.local_gradients import LocalGradients
-from ddp_streammon.moments import ABS_MAX, SQ_SUM, SUM, Reader, Source, moments, reader
+from ddp_streammon.moments import ABS_MAX, Reader, Source, moments, reader
 from ddp_streammon.packet import Draft, Layout
 from ddp_streammon.plan import Measurement, Plan
 from ddp_streammon.power import gradient_power
 from ddp_streammon.ranks import bit_sum
+from ddp_streammon.scaling import inverse_scale, inverse_scale_of_backward, unscale
 from ddp_streammon.shards import Family, Share, families, holdings, local, model_peers, refuse_unsupported, shares
 from ddp_streammon.stats import (
     BAD,
@@ -174,7 +175,7 @@ class GradientMeter:
         Comm: one all_reduce(SUM). Sync: none.
         """
         scaled = scaler is not None and scaler.is_enabled()
-        inverse: float | Tensor = self._inverse_scale(scaler) if scaler is not None and scaled else 1.0
+        inverse = inverse_scale(scaler, self._optimizers)
         layout = plan.audit_layout if audit else plan.layout
         draft = Draft(layout, self._rank, turn, 0 if self._details is None else self._details.aside)
         given = user_numbers(tuple(plan.scalars), numbers, samples, self.device)
@@ -196,7 +197,7 @@ class GradientMeter:
             draft.put(LINEAR, linear.cells(plan.tensors, self._parameters, self._copies, inverse, self.device))
         updates = plan.of_step and self._updates.pending
         if plan.of_step:
-            self._put_beside(draft, _inverse(scaler) if scaler is not None and scaled else 1.0)
+            self._put_beside(draft, inverse_scale_of_backward(scaler))
         if audit:
             draft.put(CHECKSUMS, self._checksums())
         in_turn = self._rank in layout.heard(turn)
@@ -308,13 +309,13 @@ class GradientMeter:
     @torch.no_grad()
     def power(self, scaler: torch.amp.GradScaler | None) -> Figures:
         """See `power.gradient_power`. Comm: one all_reduce(SUM). Sync: none until a figure is read."""
-        inverse = self._inverse_scale(scaler) if scaler is not None and scaler.is_enabled() else 1.0
+        inverse = inverse_scale(scaler, self._optimizers)
         later = {tensor.name for tensor in self.summed_later()[0]}
         return gradient_power(self._streams, self.weight_shares, self._collective, _gradient, inverse, undefined=later)
 
     def is_scaled(self, scaler: torch.amp.GradScaler | None) -> bool:
         """Whether the gradients still carry the loss scale."""
-        return scaler is not None and scaler.is_enabled() and isinstance(self._inverse_scale(scaler), Tensor)
+        return isinstance(inverse_scale(scaler, self._optimizers), Tensor)
 
     def look_at_next(self, wanted: bool) -> None:
         """Whether the next backward pass is measured: local gradients are read in it, or it costs nothing."""
@@ -365,26 +366,6 @@ class GradientMeter:
             rows.append(torch.stack([bit_sum(tensors, self.device) for tensors in (gradients, weights)]))
         return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64)
 
-    def _inverse_scale(self, scaler: torch.amp.GradScaler) -> float | Tensor:
-        """1 / the loss scale, on its device; 1 where the scaler has unscaled these gradients already.
-
-        `GradScaler.get_scale()` would wait for the device, and the stage is not public: torch/amp/grad_scaler.py.
-        """
-        known = {id(optimizer) for optimizer in self._optimizers}
-        states = scaler._per_optimizer_states.items()
-        done = {optimizer for optimizer, state in states if state["stage"].name != "READY"}
-        if known & done and known - done:
-            raise ValueError(
-                "the gradients of some optimizers are unscaled and those of others are not: call scaler.unscale_ for "
-                "all of them, or for none, before monitor.step"
-            )
-        return 1.0 if done & known or (done and not known) else _inverse(scaler)
-
-
-def _inverse(scaler: torch.amp.GradScaler) -> float | Tensor:
-    """1 / the loss scale of this step's backward, on its device."""
-    return 1.0 if scaler._scale is None else scaler._scale.double().reciprocal()
-
 
 _plain_gradient: Source = attrgetter("grad")
 
@@ -402,14 +383,6 @@ def _without(held: Sequence[Family], names: set[str], parameters: Mapping[str, n
     return tuple(
         replace(family, parameters=tuple(p for p in family.parameters if id(p) not in left_out)) for family in held
     )
-
-
-def unscale(table: Tensor, inverse_scale: float | Tensor) -> Tensor:
-    """Moments of scaled gradients -> moments of the gradients. Shape: [S, 7]. Comm, Sync: none."""
-    factors = torch.ones_like(table[0])
-    factors[SUM] = factors[ABS_MAX] = inverse_scale
-    factors[SQ_SUM] = inverse_scale * inverse_scale
-    return table * factors
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ddp_streammon import keys
 ROOT = Path(ddp_streammon.__file__).parent
 STREET = (
     *("config", "keys", "streams", "shards", "moments", "packet", "collective", "ranks", "stats", "noise"),
-    *("weights", "power", "updates", "linear", "plan", "user_numbers", "clipping", "local_gradients"),
+    *("weights", "power", "updates", "linear", "plan", "user_numbers", "clipping", "scaling", "local_gradients"),
     *("facts", "inputs", "sampled", "details", "graphs", "measurement", "steps", "described"),
     *("evaluation", "history", "rules", "report", "sinks", "actions", "monitor", "replay", "adapters", "train"),
 )
