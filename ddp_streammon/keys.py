@@ -231,10 +231,11 @@ _RECORD_ONLY_PARTS = frozenset({USES, ABLATED, ALONE, SHAPLEY, PRESENT, WITHOUT.
 def wandb_key(key: str, streams: Sequence[str]) -> str | None:
     """The key under which W&B shows the value; None for a figure that is in the JSONL record only.
 
-    W&B makes a section of what comes before the first `/`, with its keys in alphabetical order: the streams of one
-    figure side by side. `rgb_grad_norm` -> `grad_norm/rgb`, `rgb_val_acc` -> `overfit/val_acc/rgb`, `rgb_val_uses` ->
-    `probe/uses/rgb`. Figures of two streams are shown where there are no more than two (`ratio/...`), those of ranks
-    by `wandb_rank_key`. Numbers of the user's own are all shown: `loss` -> `train/loss`, `rgb_mae` -> `mae/rgb`.
+    W&B makes a section of what comes before a key's first `/` (or before its last, as its user prefers), with the keys
+    in alphabetical order: both ways the streams of one figure are side by side. `rgb_grad_norm` -> `grad_norm/rgb`,
+    `rgb_val_acc` -> `overfit/val_acc/rgb`, `rgb_val_uses` -> `probe/uses/rgb`. Figures of two streams are shown where
+    there are no more than two (`ratio/...`), those of ranks by `wandb_rank_key`. Numbers of the user's own are all
+    shown: `loss` -> `train/loss`, `rgb_mae` -> `mae/rgb`.
     """
     if rank_of(key) is not None:
         return None

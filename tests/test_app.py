@@ -24,6 +24,7 @@ SECTIONS = {
     *("grad_norm", "grad_share", "grad_nonfinite", "update_ratio", "weight_norm", "lr"),
     *("overfit", "probe", "rank", "ratio", "train", "trainer"),
 }
+PARALLEL_TAGS = ("rules=evidence", "parallel=ddp")
 EVERYTHING = ("evaluation=full", "monitor.local_gradients=true", "monitor.update_every=1")
 
 
@@ -114,6 +115,9 @@ def test_the_wandb_file_holds_the_chosen_figures_of_the_jsonl_file(main_job: tup
     assert run.summary[keys.VERDICT] == rows[-1][keys.VERDICT] != ""
     assert run.config["optim"]["lr"] == 1e-3
     assert run.config["world_size"] == 2
+    assert run.config["parameters"] == {"fou": 3040, "pix": 8288, "shared": 330}
+    assert (run.name, run.group) == ("demo", "mfeat_two")
+    assert run.tags == ["data=mfeat", "model=multi_mlp", "streams=mfeat_two", "optim=adamw", *PARALLEL_TAGS]
 
 
 def test_wandb_shows_at_most_20_figures_a_stream_and_no_two_under_one_key(main_job: tuple[Path, str]) -> None:

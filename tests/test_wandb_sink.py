@@ -121,7 +121,7 @@ def test_the_offline_file_holds_the_chosen_figures_of_the_jsonl(tmp_path: Path) 
         assert all(same(row[key], value) for key, value in values.items()), (row, values)
     assert rows[0]["ratio/rgb_to_depth_ratio"] == math.inf and math.isnan(rows[1]["grad_norm/depth"])
 
-    assert run.run_id == "r1" and run.exit_code == 0
+    assert (run.run_id, run.name, run.exit_code) == ("r1", "first", 0)
     assert run.config["seed"] == 1 and run.config["streams"] == list(STREAMS)
     assert run.config["optim"] == {"lr": 0.1}
     assert run.summary["grad_norm/rgb"] == 0.3 and run.summary["train/best_val_acc"] == 0.5
@@ -161,6 +161,12 @@ def check_table(folder: Path) -> None:
         [2, 6, 1, "warning", "guide.overfit", "depth", None, str(OVERFIT), "score=1.5", override],
         [2, None, 1, "error", "nonfinite", "rgb", 1, "❌ 3 NaN", "", ""],
     ]
+
+
+def test_a_run_of_our_own_has_the_name_group_and_tags_that_it_is_given(tmp_path: Path) -> None:
+    log_run(WandbSink(name="mine", group="g", tags=("a", "b=c")))
+    run = written(tmp_path / "wandb")
+    assert (run.name, run.group, run.tags) == ("mine", "g", ["a", "b=c"])
 
 
 def test_log_every_thins_steps_only(tmp_path: Path) -> None:
