@@ -203,19 +203,20 @@ WANDB_FIGURES: Mapping[str, str] = {
     KNOWS: f"probe/{KNOWS}",
 }
 """Figure of a stream (or of `full`) -> its place in W&B. With the ranks' three these are 20 for each stream."""
-_WANDB_FIGURES_OF_FULL: Mapping[str, str] = {
+WANDB_FIGURES_OF_FULL: Mapping[str, str] = {
     "test_loss": "overfit/test_loss",
     "test_acc": "overfit/test_acc",
     HEAD_GAP: f"probe/{HEAD_GAP}",
     ENSEMBLE_GAP: f"probe/{ENSEMBLE_GAP}",
 }
+"""What W&B shows of `full` beside those."""
 _RECORD_ONLY = frozenset(
     {
         *GRAD_FIGURES,
         *UPDATE_FIGURES,
         *WEIGHT_FIGURES,
         *OVERFIT_FIGURES,
-        *_WANDB_FIGURES_OF_FULL,
+        *WANDB_FIGURES_OF_FULL,
         GRAD_POWER,
         WEIGHT_DECAY,
         KNOWS,
@@ -241,7 +242,7 @@ def wandb_key(key: str, streams: Sequence[str]) -> str | None:
         return None
     parts = parse(key, streams)
     if parts.stream is not None:
-        places = {**WANDB_FIGURES, **_WANDB_FIGURES_OF_FULL} if parts.stream == FULL else WANDB_FIGURES
+        places = {**WANDB_FIGURES, **WANDB_FIGURES_OF_FULL} if parts.stream == FULL else WANDB_FIGURES
         if parts.figure in places:
             return f"{places[parts.figure]}/{parts.stream}"
         return None if _is_record_only(parts.figure) else f"{parts.figure}/{parts.stream}"

@@ -15,6 +15,7 @@ import torch
 
 from ddp_streammon import keys
 from ddp_streammon.sinks import read_jsonl
+from ddp_streammon.sinks.wandb import FINDINGS
 from tests.application import command
 from tests.read_wandb import read_run
 
@@ -129,7 +130,7 @@ def test_wandb_shows_at_most_20_figures_a_stream_and_no_two_under_one_key(main_j
     assert len(set(shown)) == len(shown)
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
     logged = {key for row in read_run(file).history for key in row if not key.startswith("_")}
-    own = {keys.VERDICT, keys.EPOCH, "findings"}
+    own = {keys.VERDICT, keys.EPOCH, FINDINGS}
     count = Counter(
         key.rsplit("/", 1)[1] for key in logged - own if key.split("/")[0] not in ("train", "ratio", "trainer")
     )

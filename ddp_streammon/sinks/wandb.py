@@ -25,7 +25,10 @@ MODES = ("auto", "disabled", "offline", "online")
 STEP_AXIS = "trainer/step"
 """Our own x axis. W&B's `_step` counts log calls and ignores rows that go back: `step=` is never passed."""
 _STEP_SECTIONS = (*(place for place in keys.WANDB_FIGURES.values() if "/" not in place), "rank")
-_EPOCH_SECTIONS = ("overfit", "probe", "health")
+EPOCH_SECTIONS = ("overfit", "probe", "health")
+"""What is drawn over epochs; all else over steps."""
+FINDINGS = "findings"
+"""The key of the table."""
 _AXIS_NAMES = frozenset({keys.EPOCH, "step"})
 _ALERT_LEVELS = {Severity.warning: "WARN", Severity.error: "ERROR"}
 _TITLE_LENGTH = 60
@@ -120,7 +123,7 @@ class WandbSink:
         self.location = "" if self._run.disabled else str(self._run.url or Path(self._run.dir).parent)
         for axis in (STEP_AXIS, keys.EPOCH):
             self._run.define_metric(axis)
-        for axis, sections in ((STEP_AXIS, _STEP_SECTIONS), (keys.EPOCH, _EPOCH_SECTIONS)):
+        for axis, sections in ((STEP_AXIS, _STEP_SECTIONS), (keys.EPOCH, EPOCH_SECTIONS)):
             for section in sections:
                 self._run.define_metric(f"{section}/*", step_metric=axis)
 
@@ -179,7 +182,7 @@ class WandbSink:
         row: dict[str, Any] = {**self._chosen(report.values)}
         axis = STEP_AXIS if report.kind == "step" else keys.EPOCH
         for key in row.keys() - self._defined:
-            if key.split("/")[0] not in (*_STEP_SECTIONS, *_EPOCH_SECTIONS):
+            if key.split("/")[0] not in (*_STEP_SECTIONS, *EPOCH_SECTIONS):
                 self._run.define_metric(key, step_metric=axis)
             self._defined.add(key)
         row[STEP_AXIS] = report.step
@@ -219,7 +222,7 @@ class WandbSink:
         rows = self._ledger.rows()
         if rows:
             table = self._wandb.Table(columns=list(COLUMNS), data=rows, allow_mixed_types=True)
-            self._run.log({"findings": table}, commit=self._commit)
+            self._run.log({FINDINGS: table}, commit=self._commit)
 
 
 def over_ranks(values: Mapping[str, float], streams: tuple[str, ...]) -> dict[str, float]:
