@@ -6,7 +6,9 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -25,6 +27,7 @@ from ddp_streammon.sinks import wandb as sink_module
 from ddp_streammon.sinks.ledger import COLUMNS
 from ddp_streammon.sinks.wandb import STEP_AXIS, WandbSink, active_wandb_run, over_ranks
 from tests.fake_wandb import API_KEY, FakeWandb
+from tests.ranks import CONTEXT
 from tests.read_wandb import OfflineRun, read_run
 
 wandb = pytest.importorskip("wandb")
@@ -273,6 +276,67 @@ def test_online_and_resumed_on_a_server(tmp_path: Path, monkeypatch: pytest.Monk
         assert run.summary["grad_norm/rgb"] == 0.3
         wandb.teardown()
         assert server.unknown == []
+
+
+def _log_until_killed(folder: str, told: Any) -> None:
+    """Rows without end; each is told with the time at which `write` had returned."""
+    os.environ.update(WANDB_DIR=folder, WANDB_SILENT="true")
+    sink = WandbSink(run_id="r1")
+    sink.open(RUN)
+    for number in range(1, 1_000_000):
+        sink.write(step(number))
+        told.send((number, time.monotonic()))
+        time.sleep(0.02)
+
+
+def rows_on_disk(folder: Path) -> int:
+    return len([row for row in read_run(folder).history if STEP_AXIS in row])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_process_that_is_killed_loses_at_most_the_rows_of_its_last_second(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)  # from where the process imports this module
+    logged, told = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_log_until_killed, args=(str(tmp_path), told))
+    process.start()
+    told.close()
+    try:
+        times = [logged.recv()[1]] if logged.poll(60) else []
+        while times and times[-1] - times[0] < 1.6 and logged.poll(10):
+            times.append(logged.recv()[1])
+        os.kill(process.pid, number)
+        killed = time.monotonic()
+        process.join(timeout=20)
+        assert process.exitcode == -number
+    finally:
+        process.kill()
+        process.join()
+    older_than_a_second = len([moment for moment in times if moment < killed - 1])
+    assert older_than_a_second > 10
+    while rows_on_disk(tmp_path) < older_than_a_second:
+        assert time.monotonic() < killed + 1, (rows_on_disk(tmp_path), older_than_a_second)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_an_offline_run_is_synced_and_shown_by_wandbs_own_commands(tmp_path: Path) -> None:
+    log_run(WandbSink(project="p", run_id="r1", group="g"), step(1), step(2), epoch(1, OVERFIT))
+    written(tmp_path / "wandb")
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    command = (sys.executable, "-m", "wandb")
+    inspect = [*command, "leet", "inspect", "--summary", "--json", str(folder)]
+    shown = subprocess.run(inspect, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert json.loads(shown)["summary"][keys.VERDICT] == "nonfinite: ❌ 3 NaN [1 error, 1 warning]"
+    with FakeWandb() as server:
+        variables = {**os.environ, **server.env()}
+        subprocess.run([*command, "sync", str(folder)], check=True, env=variables, capture_output=True, timeout=60)
+        run = server.runs["r1"]
+        assert [row[STEP_AXIS] for row in run.history if STEP_AXIS in row] == [1, 2, 2]
+        assert run.summary["grad_norm/rgb"] == 0.3
+        assert [alert["severity"] for alert in run.alerts] == ["WARN", "ERROR"]
+        assert run.complete and server.unknown == []
 
 
 @pytest.mark.slow
