@@ -40,6 +40,7 @@ OVERFIT = Finding(
     severity=Severity.warning,
     stream="depth",
     evidence={"score": 1.5},
+    do="increase it",
     action=Action("weight_decay", "depth", 0.05, 0.02),
 )
 HINT = Finding("✓ Gradient ratio balanced (1.15)", rule="guide.ratio")
@@ -150,7 +151,7 @@ def check_alerts(run: OfflineRun) -> None:
     first, second = run.alerts
     assert first["level"] == "WARN" and len(first["title"]) <= 60
     assert first["title"].startswith("⚠️ Depth overfitting") and first["title"].endswith("...")
-    assert first["text"] == f"{OVERFIT}\noptim.streams.depth.weight_decay=0.05"
+    assert first["text"] == f"{OVERFIT}. Do: increase it.\noptim.streams.depth.weight_decay=0.05"
     assert (second["level"], second["title"]) == ("ERROR", "❌ 3 NaN")
 
 

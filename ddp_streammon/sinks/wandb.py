@@ -211,7 +211,7 @@ class WandbSink:
             if level is not None and self._pace.allows(finding, time.monotonic()):
                 self._run.alert(
                     title=textwrap.shorten(finding, _TITLE_LENGTH, placeholder="..."),
-                    text=f"{finding}\n{override(finding)}".rstrip(),
+                    text=f"{finding.told()}\n{override(finding)}".rstrip(),
                     level=level,
                 )
 
