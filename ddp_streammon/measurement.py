@@ -15,27 +15,25 @@ from torch.distributed.tensor import DTensor
 from ddp_streammon import linear
 from ddp_streammon.clipping import clip_
 from ddp_streammon.collective import Collective
+from ddp_streammon.details import Details
+from ddp_streammon.facts import Facts
 from ddp_streammon.graphs import Graphs
-from ddp_streammon.inputs import Inputs
 from ddp_streammon.linear import Linear
 from ddp_streammon.local_gradients import LocalGradients
 from ddp_streammon.moments import ABS_MAX, SQ_SUM, SUM, Reader, Source, moments, reader
-from ddp_streammon.packet import ASIDE, Draft, Layout
+from ddp_streammon.packet import Draft, Layout
 from ddp_streammon.plan import Measurement, Plan
 from ddp_streammon.power import gradient_power
-from ddp_streammon.ranks import Clock, RankFacts, bit_sum
-from ddp_streammon.sampled import Sampled
+from ddp_streammon.ranks import bit_sum
 from ddp_streammon.shards import Family, Share, families, holdings, local, model_peers, refuse_unsupported, shares
 from ddp_streammon.stats import (
     BAD,
     CHECKSUMS,
-    DETAIL,
     FACTS,
     LINEAR,
     LOCAL,
     MAXIMA,
     MOMENTS,
-    SAMPLES,
     SCALARS,
     STATE,
     UPDATES,
@@ -45,12 +43,7 @@ from ddp_streammon.stats import (
 )
 from ddp_streammon.streams import StreamSet
 from ddp_streammon.updates import Updates
-from ddp_streammon.user_numbers import Numbers, finish_, user_numbers
-
-MODED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-"""Modules that do something else in eval mode."""
-LOSS = "loss"
-"""The user's number that rules know as each rank's loss."""
+from ddp_streammon.user_numbers import finish_, user_numbers
 
 
 class GradientMeter:
@@ -88,26 +81,23 @@ class GradientMeter:
         self._streams = streams
         self._collective = collective
         self._optimizers = tuple(optimizers)
-        self._model = model
         self._families = families(streams, [held for held, *_ in described], self._rank)
         self._copies = {
             id(parameter): len(family.peers(self._rank)) for family in self._families for parameter in family.parameters
         }
-        self._groups = _groups_of(streams, self._optimizers)
         self.agreed: tuple[Linear, ...] = ()
         """The gradients that are squared after the sum; the same on every rank."""
         self._proved = [False] * len(self._families)
-        self._clock = Clock(model)
+        self._facts = Facts(self._rank, streams, model, self._optimizers)
         self._local = LocalGradients(streams, model, self.device) if local_gradients else None
-        self._sampled = Sampled(streams, self._optimizers, self.device, every) if evidence else None
-        self._inputs = Inputs(streams, model, self.device) if evidence else None
-        self._moded = [module for module in model.modules() if isinstance(module, MODED)] if evidence else []
+        self._details: Details | None = None
+        if evidence:
+            self._details = Details(streams, model, self._optimizers, self.device, self._facts, every)
         self._kept = torch.zeros(len(streams.streams) + 1, dtype=torch.float64, device=self.device)
         """Of slots that were not sent: the streams' largest abs-max, and the count of non-finite numbers."""
         self._inverse = torch.ones((), dtype=torch.float64, device=self.device)
         self._cells: dict[int, tuple[Layout, Tensor]] = {}
         self._graphs = Graphs(self.device)
-        self._aside = 0 if self._inputs is None else self._inputs.place_cells
         self._readers = 0
         """How often readers were made."""
         self._make_readers()
@@ -117,8 +107,8 @@ class GradientMeter:
         held = self._squared = _without(self._families, {tensor.name for tensor in self.agreed}, self._parameters)
         self._readers += 1
         number = len(self._streams.streams)
-        rows = number if self._sampled is None else 3 * number
-        layers = () if self._sampled is None else (self._sampled.layers(number),)
+        rows = number if self._details is None else 3 * number
+        layers = () if self._details is None else (self._details.layers,)
         self.shares: tuple[Share, ...] = shares(held, self._rank, self._proved)
         self.weight_shares = shares(self._families, self._rank, self._proved)
         self._read: Reader = reader((*self.shares, *layers), rows, self.device)
@@ -152,7 +142,7 @@ class GradientMeter:
             updates=self._updates.every > 0,
             local=self._local is not None,
             of_step=of_step,
-            evidence=self._sampled is not None,
+            evidence=self._details is not None,
         )
 
     def any_gradient(self) -> bool:
@@ -182,15 +172,16 @@ class GradientMeter:
         scaled = scaler is not None and scaler.is_enabled()
         inverse: float | Tensor = self._inverse_scale(scaler) if scaler is not None and scaled else 1.0
         layout = plan.audit_layout if audit else plan.layout
-        draft = Draft(layout, self._rank, turn, self._aside)
+        draft = Draft(layout, self._rank, turn, 0 if self._details is None else self._details.aside)
         given = user_numbers(tuple(plan.scalars), numbers, samples, self.device)
         unplanned = bool(set(self.summed_later()) - set(plan.tensors))
         draft.say(STATE, [1.0, float(scaled), math.nan if epoch is None else epoch, float(unplanned)])
         draft.say(SCALARS, given.cells)
         draft.say(BAD, [given.bad])
         if plan.of_step:
-            draft.say(FACTS, self._facts(samples).cells())
-            self._say_evidence(draft, plan, call, given)
+            draft.say(FACTS, self._facts.now(samples).cells())
+            if self._details is not None:
+                self._details.say(draft, plan, call, given)
         draft.send(self._cells_of(draft))
         for place, number in given.waiting:
             draft.put(SCALARS, number, place)
@@ -211,11 +202,11 @@ class GradientMeter:
         if again is None or audit:  # an audit is too rare to be recorded
             self._write(step, read(source))
         else:
-            generation = 0 if self._sampled is None else self._sampled.generation
+            generation = 0 if self._details is None else self._details.generation
             key = (id(layout), in_turn, step.scaled, step.waiting, in_full, self._readers, generation)
             self._graphs.run(key, lambda: self._write(step, again()))
-        if self._inputs is not None:
-            self._inputs.end()
+        if self._details is not None:
+            self._details.end()
         return self._sent(plan, call, draft.packet, turn=turn, audit=audit, shadow=False, updates=updates)
 
     def _write(self, step: _Step, table: Tensor) -> None:
@@ -233,14 +224,8 @@ class GradientMeter:
             bad.add_(finish_(rows))
         if self._collective.topology.model_peers > 1:
             rows[:, :3] /= self._collective.topology.model_peers
-        if step.plan.of_step and self._sampled is not None and self._inputs is not None:
-            detail = draft.at(DETAIL)
-            if step.waiting and LOSS in step.plan.scalars:
-                loss = rows[list(step.plan.scalars).index(LOSS)]
-                detail[0] = loss[1] / loss[2]  # nan where it was not given, or is not finite
-            own = detail[2 + streams : 2 + 3 * streams].view(streams, 2)
-            self._sampled.write(table[streams:], draft.at(SAMPLES).view(streams, -1), own)
-            self._inputs.write(detail[2 + 3 * streams :], draft.at(ASIDE))
+        if step.plan.of_step and self._details is not None:
+            self._details.write(draft, step.plan, table[streams:], waiting=step.waiting)
         if step.plan.of_step and step.plan.layout.turns > 1:
             # The largest abs-max and the count of non-finite numbers since this rank last filled its slots.
             maxima = torch.maximum(self._kept[:-1], maxima)
@@ -330,16 +315,16 @@ class GradientMeter:
         """Whether the next backward pass is measured: local gradients are read in it, or it costs nothing."""
         if self._local is not None:
             self._local.armed = wanted
-        if self._inputs is not None:
-            self._inputs.armed = wanted
+        if self._details is not None:
+            self._details.look_at_next(wanted)
 
     def lap(self) -> None:
         """Another call of `step`, measured or not."""
-        self._clock.lap()
+        self._facts.clock.lap()
 
     def pause(self) -> None:
         """This rank has no step of its own to time."""
-        self._clock.pause()
+        self._facts.clock.pause()
 
     def look_at_update(self, call: int) -> None:
         """Before the optimizer's step number `call`: see what it did last, remember what it starts from."""
@@ -347,40 +332,16 @@ class GradientMeter:
 
     def remember_weights(self, call: int) -> None:
         """Before the optimizer's step number `call`, of which the next call is to see the change, by a sample."""
-        if self._sampled is not None:
-            self._sampled.look(call)
+        if self._details is not None:
+            self._details.remember_weights(call)
 
     def stop(self) -> None:
         """Take the hooks off the model."""
-        self._clock.stop()
+        self._facts.clock.stop()
         if self._local is not None:
             self._local.stop()
-        if self._sampled is not None and self._inputs is not None:
-            self._sampled.stop()
-            self._inputs.stop()
-
-    def _say_evidence(self, draft: Draft, plan: Plan, call: int, given: Numbers) -> None:
-        """What the host knows of what the evidence rules ask for."""
-        if self._sampled is None or self._inputs is None:
-            return
-        rows, unknown = self._sampled.begin(call)
-        seen, places = self._inputs.begin()
-        loss = math.nan
-        if LOSS in plan.scalars and not given.waiting:
-            first = 4 * list(plan.scalars).index(LOSS)
-            _, weighted, weight, _ = given.cells[first : first + 4]
-            loss = weighted / weight if weight else math.nan
-        in_eval = math.nan
-        if self._moded:
-            in_eval = sum(not module.training for module in self._moded) / len(self._moded)
-        base = [_on_host(group.get("initial_lr", group.get("lr"))) for group in self._settings()]
-        draft.say(SAMPLES, [cell for row in rows for cell in row])
-        draft.say(DETAIL, [loss, in_eval, *base, *(0.0, unknown) * len(rows), *seen])
-        draft.say(ASIDE, places)
-
-    def _settings(self) -> list[Mapping[str, Any]]:
-        """Each stream's parameter group; empty where it has none."""
-        return [self._optimizers[place[0]].param_groups[place[1]] if place else {} for place in self._groups]
+        if self._details is not None:
+            self._details.stop()
 
     def _put_beside(self, draft: Draft, inverse_scale: float | Tensor) -> None:
         """What else a step's packet holds of the device: the last update, this rank's own gradient."""
@@ -389,19 +350,6 @@ class GradientMeter:
             draft.put(UPDATES, update)
         if self._local is not None:
             draft.put(LOCAL, self._local.take(inverse_scale))
-
-    def _facts(self, samples: float | Tensor | None) -> RankFacts:
-        step, busy = self._clock.take()
-        settings = self._settings()
-        return RankFacts(
-            rank=self._rank,
-            lr=tuple(_on_host(group.get("lr")) for group in settings),
-            weight_decay=tuple(_on_host(group.get("weight_decay")) for group in settings),
-            training=float(self._model.training and self._streams.model.training),
-            samples=_on_host(samples),
-            step_seconds=step,
-            busy_seconds=busy,
-        )
 
     def _checksums(self) -> Tensor:
         """[F, 2] bit-sums of the gradients and of the weights that this rank holds."""
@@ -449,24 +397,6 @@ def _without(held: Sequence[Family], names: set[str], parameters: Mapping[str, n
     return tuple(
         replace(family, parameters=tuple(p for p in family.parameters if id(p) not in left_out)) for family in held
     )
-
-
-def _groups_of(streams: StreamSet, optimizers: Sequence[torch.optim.Optimizer]) -> list[tuple[int, int] | None]:
-    """For each stream the place (optimizer, group) of the first parameter group that holds any of its tensors."""
-    places: dict[int, tuple[int, int]] = {}
-    for i, optimizer in enumerate(optimizers):
-        for j, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                places.setdefault(id(parameter), (i, j))
-    found = [[places[id(p.parameter)] for p in s.parameters if id(p.parameter) in places] for s in streams.streams]
-    return [min(of_stream, default=None) for of_stream in found]
-
-
-def _on_host(value: float | Tensor | None) -> float:
-    """A number; nan where it is not known without waiting for a device."""
-    if value is None or (isinstance(value, Tensor) and value.device.type != "cpu"):
-        return math.nan
-    return float(value)
 
 
 def unscale(table: Tensor, inverse_scale: float | Tensor) -> Tensor:

@@ -18,7 +18,7 @@ ROOT = Path(ddp_streammon.__file__).parent
 STREET = (
     *("config", "keys", "streams", "shards", "moments", "packet", "collective", "ranks", "stats", "noise"),
     *("weights", "power", "updates", "linear", "plan", "user_numbers", "clipping", "local_gradients"),
-    *("inputs", "sampled", "graphs", "measurement", "steps", "described"),
+    *("facts", "inputs", "sampled", "details", "graphs", "measurement", "steps", "described"),
     *("evaluation", "history", "rules", "report", "sinks", "workspace"),
     *("actions", "monitor", "replay", "adapters", "train"),
 )
