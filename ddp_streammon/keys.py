@@ -161,26 +161,6 @@ def parse(key: str, streams: Iterable[str]) -> Parts:
     return Parts(figure=key[len(name) + 1 :], stream=name)
 
 
-def grouped(key: str, streams: Iterable[str]) -> str:
-    """The key under which a grouping sink shows the value: streams of one figure side by side, each with its bounds.
-
-    `rgb_grad_norm` -> `grad_norm/rgb`, `rgb_val_uses_low` -> `val_uses/rgb_low`, `rgb_to_depth_ratio` ->
-    `ratio/rgb_to_depth_ratio`, `loss` -> `train/loss`.
-    """
-    parts = parse(key, streams)
-    figure, _, which = parts.figure.rpartition("_")
-    if which in (LOW, HIGH, DETECTABLE):
-        inner = figure if parts.stream is None else of_stream(parts.stream, figure)
-        return bound(grouped(inner, streams), which)
-    if parts.stream is not None:
-        return f"{parts.figure}/{parts.stream}"
-    if key.endswith(f"_{COVER}"):
-        return f"{COVER}/{key}"
-    if key.endswith("_ratio"):
-        return f"ratio/{key}"
-    return key if "/" in key else f"train/{key}"
-
-
 VERDICT = "health/verdict"
 """W&B's one key for what was found, a sentence."""
 RANK_FIGURES = ("min", "max", "loudest")

@@ -133,7 +133,8 @@ class StreamMonitor(Joinable):
         self._findings: dict[str, Finding] = {}
         self._closed = False
         self._sink = FanOut(sinks if self._collective.topology.rank == 0 else ())
-        described = {**(run or {}), "monitor": asdict(self.config)}
+        sizes = {s.name: sum(item.parameter.numel() for item in s.parameters) for s in self.streams.streams}
+        described = {**(run or {}), "monitor": asdict(self.config), "parameters": sizes}
         if self._engine is not None:
             described["setup"] = self._engine.setup.to_dict()
         self._open(RunInfo(self.streams.user_names, described, self.inventory(), name))

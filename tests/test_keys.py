@@ -81,37 +81,6 @@ def test_no_ratio_is_taken_for_a_figure_of_one_stream(streams: tuple[str, ...]) 
 
 
 @pytest.mark.parametrize(
-    ("key", "expected"),
-    [
-        ("stream1_grad_norm", "grad_norm/stream1"),
-        ("stream10_grad_norm", "grad_norm/stream10"),
-        ("shared_grad_norm", "grad_norm/shared"),
-        ("full_val_acc", "val_acc/full"),
-        ("stream1_to_stream10_ratio", "ratio/stream1_to_stream10_ratio"),
-        ("stream1_vs_stream2_overfit_ratio", "ratio/stream1_vs_stream2_overfit_ratio"),
-        ("weight_norm_ratio", "ratio/weight_norm_ratio"),
-        ("full_model_loss_gap", "train/full_model_loss_gap"),
-        ("loss", "train/loss"),
-        ("val/loss", "val/loss"),
-        ("stream1_val_uses", "val_uses/stream1"),
-        ("stream10_val_uses_acc_low", "val_uses_acc/stream10_low"),
-        ("full_head_gap_high", "head_gap/full_high"),
-        ("stream1_val_uses_detectable", "val_uses/stream1_detectable"),
-        ("stream1_to_stream2_val_cover", "cover/stream1_to_stream2_val_cover"),
-        ("stream1_to_stream2_val_cover_low", "cover/stream1_to_stream2_val_cover_low"),
-    ],
-)
-def test_grouped(key: str, expected: str) -> None:
-    assert keys.grouped(key, TEN) == expected
-
-
-def test_grouped_keys_are_as_distinct_as_the_keys() -> None:
-    made = [keys.of_stream(stream, figure) for stream in TEN for figure in keys.GRAD_FIGURES]
-    made += [keys.grad_ratio(a, b) for a, b in keys.pairs(TEN)]
-    assert len({keys.grouped(key, TEN) for key in made}) == len(made)
-
-
-@pytest.mark.parametrize(
     ("key", "shown"),
     [
         ("a_grad_norm", "grad_norm/a"),

@@ -83,8 +83,8 @@ class LoggerSink:
     def write(self, report: Report) -> None:
         """Log the figures, streams of one figure side by side, and say what is new."""
         if report.kind == "epoch" or report.step % self._every == 0:
-            figures = {keys.grouped(key, self._streams): float(value) for key, value in report.values.items()}
-            self._log(figures, report.step)
+            named = ((keys.wandb_key(key, self._streams), value) for key, value in report.values.items())
+            self._log({key: float(value) for key, value in named if key is not None}, report.step)
         quiet = Severity.warning.level if report.kind == "step" else Severity.info.level
         loud = [finding for finding in report.findings if finding.severity.level >= quiet]
         for finding in self._told.news(report.kind, loud):

@@ -149,7 +149,6 @@ def build(
                 **settings,
                 "run_dir": str(run_dir),
                 "world_size": collective.topology.world_size,
-                "parameters": {s.name: sum(item.parameter.numel() for item in s.parameters) for s in streams.streams},
             },
         )
     training = Training(
