@@ -25,6 +25,7 @@ from ddp_streammon import StreamMonitor, watch
 from ddp_streammon.evaluation import Items
 from ddp_streammon.report import Report
 from ddp_streammon.sinks import JsonlSink, MemorySink, guard, read_jsonl
+from ddp_streammon.sinks.wandb import STEP_AXIS
 from tests.application import train
 from tests.faults import SMALL, Broken
 from tests.networks import STREAMS, batch, loss_of, network, part
@@ -64,7 +65,7 @@ def undisturbed_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_restarted_job_goes_on_as_if_no_rank_had_been_killed(undisturbed_job: Path, tmp_path: Path) -> None:
     """Rank 0 dies in step 10, and after the restart at step 7 rank 1 in step 16; checkpoints are of steps 6 and 12."""
-    overrides = [*SMALL, "trainer.epochs=3", *target("killed", at=10, victims="[0,1]")]
+    overrides = [*SMALL, "trainer.epochs=3", *target("killed", at=10, victims="[0,1]"), "sinks.wandb.log_every=1"]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2")
     done = start(*launcher, "-m", "ddp_streammon.train", *overrides, folder=tmp_path, WANDB_SILENT="true")
     assert done.returncode == 0, done.stderr
@@ -89,8 +90,10 @@ def test_a_restarted_job_goes_on_as_if_no_rank_had_been_killed(undisturbed_job: 
     assert all(torch.equal(tensor, expected["model"][name]) for name, tensor in saved["model"].items())
     assert str(saved["monitor"]) == str(expected["monitor"])
 
-    runs = sorted(folder.name.rsplit("-", 1)[1] for folder in (run_dir / "wandb").glob("offline-run-*"))
-    assert runs == [saved["wandb_run_id"]] * 3
+    runs = [read_run(folder) for folder in sorted((run_dir / "wandb").glob("offline-run-*"))]
+    assert [run.run_id for run in runs] == [saved["wandb_run_id"]] * 3
+    shown = [row[STEP_AXIS] for run in runs for row in run.history if "train/loss" in row]
+    assert shown == list(range(1, 19)), "each step once, though steps were done again"
 
 
 def test_a_job_goes_on_with_fewer_ranks(tmp_path: Path) -> None:

@@ -181,6 +181,12 @@ def test_log_every_thins_steps_only(tmp_path: Path) -> None:
     assert run.alerts == []
 
 
+def test_what_an_attempt_before_has_shown_is_not_shown_again(tmp_path: Path) -> None:
+    log_run(WandbSink(shown_until=2), step(1), step(2), epoch(1), step(3), epoch(2))
+    run = written(tmp_path / "wandb")
+    assert [row[STEP_AXIS] for row in run.history if STEP_AXIS in row] == [3, 4]
+
+
 def test_of_many_ranks_three_numbers_are_shown(tmp_path: Path) -> None:
     norms = {keys.of_rank("rgb", keys.LOCAL_NORM, rank): 1.0 + (rank == 11) for rank in range(16)}
     log_run(WandbSink(), step(1, **norms, depth_local_grad_norm_rank0=math.nan))

@@ -136,6 +136,11 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             place += len(line)
 
 
+def last_step(path: Path) -> int:
+    """The largest step that the record of a run holds; 0 without one."""
+    return max((record.get("step") or 0 for _, record in _lines(path)), default=0) if path.exists() else 0
+
+
 def _last_attempt(path: Path) -> int:
     """The largest number of an attempt in the file; -1 if it has no records, 0 for records without a number."""
     return max((record.get("attempt", 0) for _, record in _lines(path) if record), default=-1)

@@ -72,11 +72,13 @@ class WandbSink:
         log_every: int = 1,
         alerts: bool | None = None,
         join_rows: bool = False,
+        shown_until: int = 0,
     ) -> None:
         """ImportError without wandb, ValueError for a bad mode or `log_every`, OSError for a bad folder.
 
         `mode`: `disabled` does nothing, in an active run neither; `auto` is `WANDB_MODE`, else online where
         an API key is found, else offline. `log_every`: log every n-th step report (epoch reports always).
+        `shown_until`: the step up to which an attempt before this one has shown rows; those are not shown again.
         `alerts`: None means from a run of our own only. `name`: else the monitor's. `dir`: else `WANDB_DIR`, else
         the run directory.
         """
@@ -92,6 +94,7 @@ class WandbSink:
         self._log_every = log_every
         self._alerts = alerts
         self._commit = False if join_rows else None
+        self._shown_until = shown_until
         self.run_id = run_id or secrets.token_hex(4)
         """W&B's id of the run, for the checkpoint; that of the active run after `open`."""
         self.location = ""
@@ -137,7 +140,7 @@ class WandbSink:
         if self._run is None:
             return
         news = self._ledger.take(report.kind, report.step, report.findings)
-        if report.kind == "epoch" or self._step_reports % self._log_every == 0:
+        if report.step > self._shown_until and (report.kind == "epoch" or self._step_reports % self._log_every == 0):
             self._log_values(report)
         self._step_reports += report.kind == "step"
         self._alert(news)
