@@ -268,7 +268,7 @@ class RateLow(_Windowed):
         elif outweighed:
             seen += ", and weight decay changes more"
             likely = "the loss, and with it every gradient, is smaller than meant: divided once too often"
-            do = "look for what divides the loss; weight decay is then stronger than it too"
+            do = "look for what divides the loss"
         return Signal(
             stream,
             seen=seen,
