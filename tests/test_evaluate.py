@@ -625,12 +625,12 @@ NOTHING = "0.0000 [0.0000, 0.0000]"
 USES = "exchanging its input with another item's costs 0.0004 [0.0002, 0.0006] of loss"
 
 
-def evaluation(*claims: Claim, **numbers: tuple[float, float]) -> Evaluation:
+def evaluation(*claims: Claim, look: int = 2, **numbers: tuple[float, float]) -> Evaluation:
     estimates = {
         key: Estimate(value, value - half, value + half, 400, 400) for key, (value, half) in (NUMBERS | numbers).items()
     }
     figures = {key: estimate.value for key, estimate in estimates.items()}
-    return Evaluation(figures, estimates, 1, claims, (), ("rgb", "depth"), "val", 400, 0.1, True, Past(1))
+    return Evaluation(figures, estimates, look, claims, (), ("rgb", "depth"), "val", 400, 0.1, True, Past(1))
 
 
 def claim(statement: Statement, stream: str = "rgb", **limits: float) -> Claim:
@@ -712,6 +712,16 @@ def test_a_stream_is_unused_or_redundant_only_where_the_model_has_learned(statem
     assert evaluated.findings(evaluation(said, depth_val_uses=(0.5, 0.39)), 0) == []
     assert evaluated.findings(evaluation(said, depth_val_uses=(0.01, 0.005)), 0) == []
     assert len(evaluated.findings(evaluation(said, depth_val_uses=(0.5, 0.37)), 0)) == 1
+
+
+@pytest.mark.parametrize("more", [(), (Statement.complementary,)])
+@pytest.mark.parametrize(("look", "step", "severity"), [(1, 19, "info"), (2, 38, "warning"), (1, 0, "warning")])
+def test_a_stream_that_is_not_used_at_the_first_look_of_a_training_may_only_be_later(
+    more: tuple[Statement, ...], look: int, step: int, severity: str
+) -> None:
+    claims = [claim(statement, uses=0.0007) for statement in (Statement.unused, *more)]
+    (finding,) = evaluated.findings(evaluation(*claims, look=look), step)
+    assert finding.severity.value == severity
 
 
 def test_an_unusual_set_in_its_order_is_mixed() -> None:

@@ -23,7 +23,10 @@ def findings(found: Evaluation, step: int) -> list[Finding]:
     know what the others do not. REDUNDANT (info): where the model has learned as well. NOTHING (warning): a probe of
     its features is no better than the majority class. REGRESSED (warning): its probe fell below its own best. MEMORISED
     (warning): exchanging it costs less than half as much on held-out items as on training items. OVERFITTING (warning,
-    of no stream): the held-out loss is a quarter above its best, and above the training loss. Pure.
+    of no stream): the held-out loss is a quarter above its best, and above the training loss.
+
+    At the first look of a training (`step` > 0) UNUSED and IGNORED are information: of two streams that both will be
+    used, a deeper one, or one that thaws later, is used later. Pure.
     """
     said: dict[str, dict[Statement, Claim]] = {}
     for claim in found.claims:
@@ -50,12 +53,13 @@ def _of_stream(found: Evaluation, name: str, claims: dict[Statement, Claim], lea
     uses = _shown(found, keys.of_stream(name, f"{found.split}_{keys.USES}"), "", 1, 4)
     knows = _shown(found, keys.of_stream(name, keys.KNOWS), " pp", 100, 1)
     complement = _shown(found, keys.of_stream(name, keys.COMPLEMENT), " pp", 100, 1)
+    seriously = Severity.info if found.look == 1 and step > 0 else Severity.warning
     if Statement.unused in claims and learned:
         if Statement.complementary in claims:
             text = f"although its features add {complement} to what the others know: the head ignores it"
-            add(IGNORED, Severity.warning, Statement.unused, f"⚠️  the model does not use {name}: {_cost(uses)}, {text}")
+            add(IGNORED, seriously, Statement.unused, f"⚠️  the model does not use {name}: {_cost(uses)}, {text}")
         elif Statement.knows_nothing not in claims:  # which is why it is not used
-            add(UNUSED, Severity.warning, Statement.unused, f"⚠️  the model does not use {name}: {_cost(uses)}")
+            add(UNUSED, seriously, Statement.unused, f"⚠️  the model does not use {name}: {_cost(uses)}")
     if Statement.redundant in claims and learned:
         add(
             REDUNDANT,
