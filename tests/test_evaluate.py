@@ -625,12 +625,12 @@ NOTHING = "0.0000 [0.0000, 0.0000]"
 USES = "exchanging its input with another item's costs 0.0004 [0.0002, 0.0006] of loss"
 
 
-def evaluation(*claims: Claim, look: int = 2, **numbers: tuple[float, float]) -> Evaluation:
+def evaluation(*claims: Claim, **numbers: tuple[float, float]) -> Evaluation:
     estimates = {
         key: Estimate(value, value - half, value + half, 400, 400) for key, (value, half) in (NUMBERS | numbers).items()
     }
     figures = {key: estimate.value for key, estimate in estimates.items()}
-    return Evaluation(figures, estimates, look, claims, (), ("rgb", "depth"), "val", 400, 0.1, True, Past(1))
+    return Evaluation(figures, estimates, 1, claims, (), ("rgb", "depth"), "val", 400, 0.1, True, Past(1))
 
 
 def claim(statement: Statement, stream: str = "rgb", **limits: float) -> Claim:
@@ -693,10 +693,10 @@ def test_a_claim_is_said_in_a_sentence(
     limits[Statement.overfitting] = {"rise": 0.3, "gap": 0.2}
     stream = keys.FULL if rule == "OVERFITTING" else "rgb"
     claims = [claim(statement, stream, **limits.get(statement, {})) for statement in statements]
-    (finding,) = evaluated.findings(evaluation(*claims), step=7)
+    (finding,) = evaluated.findings(evaluation(*claims), step=700)
     assert str(finding) == sentence
     whom = None if stream == keys.FULL else "rgb"
-    assert (finding.rule, finding.severity, finding.stream, finding.step) == (rule, severity, whom, 7)
+    assert (finding.rule, finding.severity, finding.stream, finding.step) == (rule, severity, whom, 700)
     assert finding.evidence == {**limits.get(statements[0], {}), "level": 0.01, "p": 0.001}
 
 
@@ -715,12 +715,12 @@ def test_a_stream_is_unused_or_redundant_only_where_the_model_has_learned(statem
 
 
 @pytest.mark.parametrize("more", [(), (Statement.complementary,)])
-@pytest.mark.parametrize(("look", "step", "severity"), [(1, 19, "info"), (2, 38, "warning"), (1, 0, "warning")])
-def test_a_stream_that_is_not_used_at_the_first_look_of_a_training_may_only_be_later(
-    more: tuple[Statement, ...], look: int, step: int, severity: str
+@pytest.mark.parametrize(("step", "severity"), [(0, "warning"), (1, "info"), (99, "info"), (100, "warning")])
+def test_a_stream_that_is_not_used_at_the_begin_of_a_training_may_only_be_later(
+    more: tuple[Statement, ...], step: int, severity: str
 ) -> None:
     claims = [claim(statement, uses=0.0007) for statement in (Statement.unused, *more)]
-    (finding,) = evaluated.findings(evaluation(*claims, look=look), step)
+    (finding,) = evaluated.findings(evaluation(*claims), step)
     assert finding.severity.value == severity
 
 
