@@ -693,10 +693,10 @@ def test_a_claim_is_said_in_a_sentence(
     limits[Statement.overfitting] = {"rise": 0.3, "gap": 0.2}
     stream = keys.FULL if rule == "OVERFITTING" else "rgb"
     claims = [claim(statement, stream, **limits.get(statement, {})) for statement in statements]
-    (finding,) = evaluated.findings(evaluation(*claims), step=7)
+    (finding,) = evaluated.findings(evaluation(*claims), step=700)
     assert str(finding) == sentence
     whom = None if stream == keys.FULL else "rgb"
-    assert (finding.rule, finding.severity, finding.stream, finding.step) == (rule, severity, whom, 7)
+    assert (finding.rule, finding.severity, finding.stream, finding.step) == (rule, severity, whom, 700)
     assert finding.evidence == {**limits.get(statements[0], {}), "level": 0.01, "p": 0.001}
 
 
@@ -712,6 +712,16 @@ def test_a_stream_is_unused_or_redundant_only_where_the_model_has_learned(statem
     assert evaluated.findings(evaluation(said, depth_val_uses=(0.5, 0.39)), 0) == []
     assert evaluated.findings(evaluation(said, depth_val_uses=(0.01, 0.005)), 0) == []
     assert len(evaluated.findings(evaluation(said, depth_val_uses=(0.5, 0.37)), 0)) == 1
+
+
+@pytest.mark.parametrize("more", [(), (Statement.complementary,)])
+@pytest.mark.parametrize(("step", "severity"), [(0, "warning"), (1, "info"), (99, "info"), (100, "warning")])
+def test_a_stream_that_is_not_used_at_the_begin_of_a_training_may_only_be_later(
+    more: tuple[Statement, ...], step: int, severity: str
+) -> None:
+    claims = [claim(statement, uses=0.0007) for statement in (Statement.unused, *more)]
+    (finding,) = evaluated.findings(evaluation(*claims), step)
+    assert finding.severity.value == severity
 
 
 def test_an_unusual_set_in_its_order_is_mixed() -> None:

@@ -171,6 +171,17 @@ PLANTED: dict[str, tuple[Change, tuple[str, str | None, int | None], int, Any, A
     "vanishing": (every(samples=of_fou(first=1e-7)), ("VAN", "fou", None), 100, None, None),
     "a low rate": (every(samples=of_fou(update=1e-7)), ("LRL", "fou", None), 100, None, None),
     "low rates": (every(samples=BOTH), ("LRL", None, None), 100, None, None),
+    "a decay that alone moves weights": (
+        flat(
+            1.0,
+            samples={name: {"update": 5e-5} for name in ("fou", "pix")},
+            streams={name: {"grad_norm": 1e-4, "update_norm": 3e-4, "update_ratio": 5e-5} for name in ("fou", "pix")},
+        ),
+        ("LRL", None, None),
+        100,
+        None,
+        None,
+    ),
     "a high rate": (every(samples=of_fou(update=0.4)), ("LRH", "fou", None), 100, None, None),
     "updates apart": (
         every(samples=of_fou(update=1e-6 * 5), facts={r: {"lr": (5e-5, 0.05, 0.05)} for r in (0, 1)}),
@@ -285,6 +296,15 @@ HEALTHY: dict[str, tuple[Change, Any, Any]] = {
     ),
     "a negative likelihood": (lambda number: {"loss": 1.0 - number / 50}, Intent(frozen=()), None),
     "fine-tuning begins low and stays there": (flat(0.3), DECLARED, None),
+    "small updates that are the gradient's": (
+        flat(
+            1.0,
+            samples={name: {"update": 5e-5} for name in ("fou", "pix")},
+            streams={name: {"grad_norm": 0.5, "update_norm": 3e-4, "update_ratio": 5e-5} for name in ("fou", "pix")},
+        ),
+        DECLARED,
+        None,
+    ),
     "a stream thaws": (
         lambda number: {
             "facts": {r: {"lr": (0.05 * (number > 76), 0.05, 0.05)} for r in (0, 1)},

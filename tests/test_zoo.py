@@ -22,7 +22,7 @@ FAULTS = (
     *("rank_nan_first", "rank_zero_shard", "desync_no_ddp", "same_data"),
 )
 CONTROLS = ("h_base", "h_conv_bn", "h_frozen", "l_text_only", "l_two_backwards")
-MORE_FAULTS = ("not_in_optimizer_second", "dead_second", "nan_batch", "decay_huge_second")
+MORE_FAULTS = ("not_in_optimizer_second", "dead_second", "nan_batch", "decay_huge_second", "x_loss_scaled")
 MORE_CONTROLS = ("h_guide_rates", "h_accumulate", "l_lora")
 """Of the kinds of those above: only the slow tests run them."""
 THREE_RANKS = ("h_base", "rank_nan_first", "rank_scaled_second")

@@ -211,7 +211,8 @@ class Vanishing(_Windowed):
 class RateLow(_Windowed):
     """LRL: a stream's weights hardly move though it has gradients: its update-to-weight ratio is below `least`, or
     below `slow` where the loss is still where it began, in the median of 40 steps, at a rate that is not decayed (at
-    least half of its peak, which the end of a schedule is not)."""
+    least half of its peak, which the end of a schedule is not). What weight decay alone changes teaches nothing: where
+    the loss is flat, it does not count."""
 
     id: ClassVar[str] = "LRL"
     requires: ClassVar[tuple[str, ...]] = ("optimizer", "samples of weights", "consecutive steps")
@@ -224,51 +225,77 @@ class RateLow(_Windowed):
     def check(self, view: View) -> Iterator[Signal]:
         yield from together(view, self._of_streams(view), lambda: self._whole(view))
 
-    def _limit(self, view: View) -> float:
-        start, now = view.memory.losses, view.losses(20)
-        flat = (
-            bool(start)
-            and bool(now)
-            and statistics.fmean(now) > statistics.fmean(start) - 0.05 * abs(statistics.fmean(start))
-        )
-        return self.slow if flat else self.least
-
     def _of_streams(self, view: View) -> Iterator[Signal]:
-        limit = self._limit(view)
+        flat = self._flat(view)
         for stream in view.streams:
-            q, rate = update(view, stream), view.lr(stream)
+            q, rate = self._learned(view, stream, flat), view.lr(stream)
             alive = view.now.streams[stream].grad_norm > 0
             decayed = rate < 0.5 * view.memory.peak_lr.get(stream, 0.0)
-            if not q * QUIET < limit or not alive or decayed or not rate > 0 or not view.trained(stream):
+            slow = q * QUIET < (self.slow if flat else self.least)
+            if not slow or not alive or decayed or not rate > 0 or not view.trained(stream):
                 continue
-            yield self._signal(view, stream, q, rate, limit)
+            yield self._signal(view, stream, stream, flat)
 
     def _whole(self, view: View) -> Signal:
-        slowest = min(view.streams, key=lambda stream: update(view, stream))
-        return self._signal(view, None, update(view, slowest), view.lr(slowest), self._limit(view))
+        flat = self._flat(view)
+        slowest = min(view.streams, key=lambda stream: self._learned(view, stream, flat))
+        return self._signal(view, None, slowest, flat)
 
-    def _signal(self, view: View, stream: str | None, q: float, rate: float, limit: float) -> Signal:
+    def _flat(self, view: View) -> bool:
+        """Whether the loss is still where it began."""
+        if not view.memory.losses or not (recent := view.losses(20)):
+            return False
+        start = statistics.fmean(view.memory.losses)
+        return statistics.fmean(recent) > start - 0.05 * abs(start)
+
+    def _learned(self, view: View, stream: str, flat: bool) -> float:
+        """What a step changes of the weights; where the loss is flat, without what weight decay does."""
+        q = update(view, stream)
+        return q * _by_gradient(view, stream) if flat else q
+
+    def _signal(self, view: View, stream: str | None, of: str, flat: bool) -> Signal:
+        q, rate, limit = self._learned(view, of, flat), view.lr(of), self.slow if flat else self.least
         usual = 1e-3
         wanted = float(f"{rate * min(usual / q, 1e4):.1g}") if q > 0 else math.nan
         clip = view.intent.clip_norm
         clipped = clip is not None and _total(view) > 10 * clip
-        action = (
-            None if clipped or math.isnan(wanted) else Action(keys.LEARNING_RATE, stream or keys.SHARED, wanted, rate)
-        )
+        outweighed = flat and _by_gradient(view, of) < 0.5
+        seen = f"{stream or 'all streams'}: a step changes {q:.1e} of the weights, at learning rate {rate:g}"
+        likely = "the learning rate is off by powers of ten"
+        do = f"learning rate {rate:g} -> {wanted:g} ({UNTESTED}), or declare the stream frozen"
+        if clipped:
+            likely, do = "clipping leaves nothing of the gradient", f"raise clip_norm to {2 * _total(view):.2g}"
+        elif outweighed:
+            seen += ", and weight decay changes more"
+            likely = "the loss, and with it every gradient, is smaller than meant: divided once too often"
+            do = "look for what divides the loss"
         return Signal(
             stream,
-            seen=f"{stream or 'all streams'}: a step changes {q:.1e} of the weights, at learning rate {rate:g}",
-            likely="clipping leaves nothing of the gradient"
-            if clipped
-            else "the learning rate is off by powers of ten",
-            do=f"raise clip_norm to {2 * _total(view):.2g}"
-            if clipped
-            else f"learning rate {rate:g} -> {wanted:g} ({UNTESTED}), or declare the stream frozen",
+            seen=seen,
+            likely=likely,
+            do=do,
             confirm=f"updates near {usual:g} of the weights, and a falling loss",
             strength=limit / q if q > 0 else math.inf,
             evidence={"update_ratio": q, keys.LEARNING_RATE: rate, "threshold": limit},
-            action=action,
+            action=None
+            if clipped or outweighed or math.isnan(wanted)
+            else Action(keys.LEARNING_RATE, stream or keys.SHARED, wanted, rate),
         )
+
+
+def _by_gradient(view: View, stream: str) -> float:
+    """The share of a stream's update that is not its weight decay, median of 40 steps: g / (g + decay x w) where the
+    optimizer adds decay to the gradient, whatever its momentum; 1 for adaptive optimizers, and where it is unknown."""
+    share = math.nan if view.setup.adaptive else view.median(_share, 40, 2, stream, view.number(stream))
+    return 1.0 if math.isnan(share) else share
+
+
+def _share(step: StepStats, stream: str, number: int) -> float:
+    of = step.streams[stream]
+    if not step.rank_facts or not of.update_ratio > 0 or not of.grad_norm > 0:
+        return math.nan
+    decay = max(step.rank_facts[0].weight_decay[number], 0.0)
+    return of.grad_norm / (of.grad_norm + decay * of.update_norm / of.update_ratio)
 
 
 def _total(view: View) -> float:
