@@ -22,7 +22,7 @@ STREET = (
     *("evaluation", "history", "rules", "report", "sinks", "actions", "monitor", "replay", "adapters", "train"),
 )
 """A module imports only from modules before it; inside a package siblings are fine."""
-OPTIONAL = ("hydra", "omegaconf", "wandb", "matplotlib", "lightning", "transformers", "accelerate")
+OPTIONAL = ("hydra", "omegaconf", "wandb", "matplotlib", "lightning", "transformers", "accelerate", "rich")
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
