@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -155,7 +155,7 @@ def panel(state: State, width: int) -> Any:
     return Panel(Group(*lines), title=title, box=box.ROUNDED, width=width, title_align="left")
 
 
-def _columns(state: State, names: Iterable[str], width: int) -> list[tuple[_Column, bool]]:
+def _columns(state: State, names: Sequence[str], width: int) -> list[tuple[_Column, bool]]:
     """The columns that have a value and for which there is room, and whether there is room for the curve."""
     left = width - 4 - max([len("stream"), *(min(NAME, len(name)) for name in names)])
     found: list[tuple[_Column, bool]] = []
