@@ -42,7 +42,7 @@ SAYS: Mapping[str, tuple[Severity, str]] = {
 
 
 def findings(found: Evaluation, step: int) -> list[Finding]:
-    """The claims of a look as sentences, see `SAYS`; one that is good news, or that nothing can be told, is none. Pure."""
+    """The claims of a look as sentences, see `SAYS`; good news, or that nothing can be told, is none. Pure."""
     said: dict[str, dict[Statement, Claim]] = {}
     for claim in found.claims:
         said.setdefault(claim.stream, {})[claim.statement] = claim

@@ -221,8 +221,8 @@ class RateLow(_Windowed):
     least: float = 1e-6
     """A choice: a training of a million such steps moves weights by their own size at most."""
     slow: float = 3e-5
-    """A choice: thousands of such steps leave weights where they are; healthy runs of the zoo whose loss does not fall are
-    above 1e-4."""
+    """A choice: thousands of such steps leave weights where they are; healthy runs of the zoo whose loss stays are above
+    1e-4."""
 
     def check(self, view: View) -> Iterator[Signal]:
         yield from together(view, self._of_streams(view), lambda: self._whole(view))
@@ -364,9 +364,9 @@ class Imbalance(_Windowed):
     """IMB: the gradient of a stream's last layer (root mean square) and its whole gradient (norm) are both `factor`
     times another's, in the median of 40 steps. Where they were not in the first steps, the stream that has lost its
     gradient is named, else the one that always had more. It is a pointer, and gives way to any other finding: the ratio
-    is no property of the function (features scaled up and the head down change it, tests/test_invariance.py), and depth,
-    width and normalisation change it. Streams that miss steps have smaller gradients for that reason, and those that
-    thaw one after the other are not equally far: both are left out."""
+    is no property of the function (features scaled up and the head down change it: tests/test_invariance.py), and with
+    depth, width and normalisation it changes, too. Streams that miss steps have smaller gradients for that reason, and
+    those that thaw one after the other are not equally far: both are left out."""
 
     id: ClassVar[str] = "IMB"
     pointer: ClassVar[bool] = True
