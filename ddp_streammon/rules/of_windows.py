@@ -221,8 +221,8 @@ class RateLow(_Windowed):
     least: float = 1e-6
     """A choice: a training of a million such steps moves weights by their own size at most."""
     slow: float = 3e-5
-    """A choice: thousands of such steps leave weights where they are; healthy runs of the zoo whose loss stays are above
-    1e-4."""
+    """A choice: thousands of such steps leave weights where they are; healthy runs of the zoo whose loss stays are
+    above 1e-4."""
 
     def check(self, view: View) -> Iterator[Signal]:
         yield from together(view, self._of_streams(view), lambda: self._whole(view))
