@@ -16,10 +16,22 @@ from ddp_streammon import keys
 
 ROOT = Path(ddp_streammon.__file__).parent
 STREET = (
-    *("config", "keys", "streams", "shards", "moments", "packet", "collective", "ranks", "stats", "noise"),
+    *("version", "config", "keys", "streams", "shards", "moments", "packet", "collective", "ranks", "stats", "noise"),
     *("weights", "power", "updates", "linear", "plan", "user_numbers", "clipping", "local_gradients"),
     *("inputs", "sampled", "graphs", "measurement", "steps", "described"),
-    *("evaluation", "history", "rules", "report", "sinks", "actions", "monitor", "replay", "adapters", "train"),
+    *(
+        "evaluation",
+        "history",
+        "rules",
+        "report",
+        "sinks",
+        "actions",
+        "reference",
+        "monitor",
+        "replay",
+        "adapters",
+        "train",
+    ),
 )
 """A module imports only from modules before it; inside a package siblings are fine."""
 OPTIONAL = ("hydra", "omegaconf", "wandb", "matplotlib", "lightning", "transformers", "accelerate", "rich")

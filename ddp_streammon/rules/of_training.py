@@ -467,7 +467,7 @@ class NotCleared(Rule):
 
 @dataclass(frozen=True)
 class LeftInEval(Rule):
-    """MODE of all: the model is in eval mode on every rank while it trains, and has modules that then do something
+    """EVAL: the model is in eval mode on every rank while it trains, and has modules that then do something
     else, or all of these were in training mode before and are no longer. Where they never were (norm layers that are
     kept frozen), information."""
 
