@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from ddp_streammon.report import Report
+from ddp_streammon.rules.finding import Finding
 from ddp_streammon.sinks import ConsoleSink, Guarded, LiveSink, live, terminal_sink
 from ddp_streammon.sinks.live import BARS, FINDINGS, State, panel, sparkline
 from tests.test_sinks import EPOCH, OUTCOME, OVERFIT, RUN
@@ -100,6 +101,14 @@ def test_a_finding_that_is_cleared_leaves_the_panel() -> None:
     assert not any("overfit" in line for line in drawn(state, 60))
 
 
+def test_that_nothing_was_found_is_not_said_beside_an_alarm() -> None:
+    state = State(("rgb",))
+    state.take(Report("epoch", 1, 1.0, {}, findings=(Finding("no alarm from 9 rules", rule="OK"),)))
+    assert any("no alarm from 9 rules" in line for line in drawn(state, 60))
+    state.take(Report("step", 2, None, {}, findings=(OVERFIT,)))
+    assert not any("no alarm" in line for line in drawn(state, 60))
+
+
 def test_a_million_steps_are_kept_in_bounded_memory() -> None:
     state = State(("rgb",))
     for step in range(10_000):
@@ -111,7 +120,7 @@ def test_a_million_steps_are_kept_in_bounded_memory() -> None:
 def test_it_is_drawn_a_few_times_a_second_at_most() -> None:
     seconds = iter(range(10_000))
     terminal = Terminal()
-    sink = LiveSink(terminal, clock=lambda: next(seconds) / 100)
+    sink = LiveSink(terminal, clock=lambda: next(seconds) / 25)
     sink.open(RUN)
     for step in range(100):
         sink.write(Report("step", step, None, {"loss": 1.0}))
@@ -195,8 +204,15 @@ def test_where_no_panel_can_be_drawn_there_are_lines(monkeypatch: pytest.MonkeyP
 def in_a_terminal(*command: str, folder: Path, gone_after: str | None = None) -> tuple[int, str]:
     """Exit code and output of a command in a pseudo-terminal, which goes away once it has shown `gone_after`."""
     ours, theirs = pty.openpty()
-    variables = {**os.environ, "TERM": "xterm", "COLUMNS": "90", "LINES": "40"}
-    variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    variables = {
+        **os.environ,
+        "TERM": "xterm",
+        "COLUMNS": "90",
+        "LINES": "40",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+    }
     process = subprocess.Popen(
         [sys.executable, *command], cwd=folder, env=variables, stdin=theirs, stdout=theirs, stderr=theirs
     )

@@ -20,14 +20,16 @@ from ddp_streammon.report.curves import Curve
 from ddp_streammon.rules.finding import Finding
 from ddp_streammon.sinks.console import ConsoleSink
 
-REFRESH_SECONDS = 0.25
-"""At least so long between two drawings."""
+REFRESH_SECONDS = 1.0
+"""At least so long between two drawings, of about 10 ms of the interpreter's time each."""
 POINTS = 64
 """Stretches of steps that are kept of a curve: more than a line of a terminal shows."""
 SPARK, CELL, NAME = 12, 9, 16
 """Characters of a curve, of a number, and of a stream's name at most."""
 STREAMS, FINDINGS = 10, 6
 """Rows that are shown, at most."""
+NOTHING_FOUND = ("OK", "S-OK")
+"""Rules that say that nothing was found, as of the last epoch."""
 BARS = "▁▂▃▄▅▆▇█"
 SPAN = 100.0
 """A curve that spans more is drawn by its logarithm."""
@@ -49,6 +51,7 @@ _COLUMNS = (
     _Column("rate", keys.LEARNING_RATE),
 )
 """From the first to the one that a narrow terminal leaves out first."""
+_LOSS, _OF_MODEL = "loss", (keys.of_stream(keys.FULL, keys.VAL_LOSS), keys.of_stream(keys.FULL, keys.VAL_ACC))
 _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
 
 
@@ -81,12 +84,17 @@ class State:
     of_epoch: tuple[Finding, ...] = ()
     """What the last epoch report said beyond the steps'."""
 
+    def __post_init__(self) -> None:
+        names = (*self.streams, keys.SHARED)
+        figures = {keys.of_stream(name, column.figure) for name in names for column in _COLUMNS}
+        self._wanted = figures | {_LOSS, *_OF_MODEL}
+
     def take(self, report: Report) -> None:
         """Take in a report."""
         self.step = report.step
         self.epoch = self.epoch if report.epoch is None else report.epoch
-        for key, value in report.values.items():
-            self.curves.setdefault(key, Curve(POINTS)).add(report.step, value)
+        for key in self._wanted & report.values.keys():
+            self.curves.setdefault(key, Curve(POINTS)).add(report.step, report.values[key])
         if report.kind == "step":
             self.of_step = report.findings
         else:
@@ -136,7 +144,7 @@ def panel(state: State, width: int) -> Any:
     for column, curve in columns:
         table.add_column(column.head, no_wrap=True, justify="right", overflow="ellipsis")
         if curve:
-            table.add_column("", no_wrap=True, overflow="crop")
+            table.add_column("", no_wrap=True, width=SPARK)
     for name in present:
         cells = [Text(name)]
         for column, curve in columns:
@@ -172,14 +180,14 @@ def _columns(state: State, names: Sequence[str], width: int) -> list[tuple[_Colu
 
 def _whole(state: State) -> str:
     """The line of the whole model."""
-    loss = "loss" if "loss" in state.curves else keys.of_stream(keys.FULL, keys.VAL_LOSS)
+    of_val, accuracy = _OF_MODEL
+    loss = _LOSS if _LOSS in state.curves else of_val
     parts = [f"step {state.step:,}"]
     parts += [] if state.epoch is None else [f"epoch {state.epoch:.4g}"]
     parts += (
         [f"loss {_number(state.last(loss))} {sparkline(state.course(loss), SPARK)}"] if loss in state.curves else []
     )
-    of_model = keys.of_stream(keys.FULL, keys.VAL_ACC)
-    parts += [f"val acc {_number(state.last(of_model))}"] if of_model in state.curves else []
+    parts += [f"val acc {_number(state.last(accuracy))}"] if accuracy in state.curves else []
     return "  ".join(parts)
 
 
@@ -188,8 +196,10 @@ def _number(value: float) -> str:
 
 
 def _shown(findings: Sequence[Finding]) -> list[Finding]:
-    """The most urgent ones."""
-    return sorted(findings, key=lambda of: (of.explained_by is not None, -of.severity.level))[:FINDINGS]
+    """The most urgent ones; that nothing was found is not said beside an alarm."""
+    alarm = any(finding.severity.level >= Severity.warning.level for finding in findings)
+    told = (finding for finding in findings if not (alarm and finding.rule in NOTHING_FOUND))
+    return sorted(told, key=lambda of: (of.explained_by is not None, -of.severity.level))[:FINDINGS]
 
 
 def _line(finding: Finding) -> str:
