@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ddp_streammon.facts import MODED
 from ddp_streammon.inputs import has_norm
-from ddp_streammon.measurement import MODED
 from ddp_streammon.moments.torch import flat
 from ddp_streammon.shards import local
 from ddp_streammon.streams import Stream, StreamSet, unwrap

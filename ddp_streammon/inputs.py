@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,13 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ddp_streammon.moments import SampleReader, sample
+from ddp_streammon.ranks import INPUT_CELLS
 from ddp_streammon.shards import local
 from ddp_streammon.streams import StreamSet, unwrap
 
-COLUMNS = ("calls", "mean", "std", "abs_max", "nonfinite", "constant", "first_mean", "first_std")
-"""Of a stream's inputs since they were last taken: calls; mean, standard deviation (nan for integers) and largest
-absolute value of the finite ones; how many are not finite; 1 where all items of each call are equal; and mean and
-standard deviation of what its first linear or convolution layer sees (nan where there is none)."""
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
@@ -84,11 +80,12 @@ class Inputs:
     def begin(self) -> tuple[list[float], list[float]]:
         """What is to stand where `write` writes: each stream's calls in the first of its cells; and where the batches
         are that `write` is to look at, which have to stay until `end`. The next forwards are another step's."""
-        rows = [[float(calls), *(0.0,) * (len(COLUMNS) - 1)] for calls in self._calls[::2]]
+        nothing_yet = (0.0,) * (INPUT_CELLS - 1)
+        cells = [cell for calls in self._calls[::2] for cell in (float(calls), *nothing_yet)]
         self._calls = [0] * len(self._calls)
         nothing = [0.0] * self._reader.place_cells
         places = [nothing if held is None or held[0]._version != held[1] else held[2] for held in self._held]
-        return [*(cell for row in rows for cell in row), 0.0], [cell for place in places for cell in place]
+        return cells, [cell for place in places for cell in place]
 
     def end(self) -> None:
         """What looks at the batches is queued: they may go."""
@@ -98,24 +95,13 @@ class Inputs:
     def write(self, cells: Tensor, places: Tensor) -> None:
         """What was seen since the last time, in place. The same operations each time, on the same memory.
 
-        Shape: `places` [2 S x place_cells], as `begin` said them; `cells` [S x 8 + 1] float64: `COLUMNS` of each
-        stream, and a number below 2^32 that is the same for the same batch (nan where nothing was seen).
+        Shape: `places` [2 S x place_cells], as `begin` said them; `cells` [S x INPUT_CELLS] float64, of each stream as
+        `ranks.StreamInput.of_cells` reads them.
         """
         self._reader.add_all(places)
-        rows, seen = cells[:-1].view(self._number, len(COLUMNS)), self._seen
-        calls = rows[:, 0]
-        looked_at = seen[::2, sample.COUNT] + seen[::2, sample.BAD]
-        none = torch.where(looked_at > 0, 0.0, math.nan)
-        means = seen[:, sample.SUM] / seen[:, sample.COUNT]
-        variances = seen[:, sample.SQ_SUM] / seen[:, sample.COUNT] - means * means
-        moments = torch.stack([means, variances.clamp_min(0).sqrt()], dim=1).view(self._number, 4)
-        rows[:, 1:3], rows[:, 6:8] = moments[:, :2], moments[:, 2:]
-        roots = seen[::2]
-        rows[:, 3] = roots[:, sample.ABS_MAX] + none
-        rows[:, 4] = roots[:, sample.BAD] + none
-        rows[:, 5] = (roots[:, sample.CONSTANT] == calls) + none
-        batch = roots[:, sample.BITS].sum().remainder(sample.MODULUS)
-        cells[-1] = torch.where(looked_at.sum() > 0, batch, math.nan)
+        rows, seen = cells.view(self._number, INPUT_CELLS), self._seen.view(self._number, 2, sample.COLUMNS)
+        rows[:, 1:8] = seen[:, 0]
+        rows[:, 8:] = seen[:, 1, :3]
         seen.zero_()
 
     def stop(self) -> None:

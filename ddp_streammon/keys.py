@@ -1,13 +1,14 @@
 """Every metric key of the project, and nothing else.
 
 A figure of one stream is `<stream>_<figure>` (the seed interface's form, `stream1_grad_norm`), a figure of two
-streams is `<a>_to_<b>_ratio` and its like. Sinks that group show the same value under `<figure>/<stream>`.
+streams is `<a>_to_<b>_ratio` and its like. Sinks that group show the same value under `<figure>/<stream>`, and W&B
+a choice of them under `<section>/<figure>/<stream>`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -178,6 +179,100 @@ def grouped(key: str, streams: Iterable[str]) -> str:
     if key.endswith("_ratio"):
         return f"ratio/{key}"
     return key if "/" in key else f"train/{key}"
+
+
+VERDICT = "health/verdict"
+"""W&B's one key for what was found, a sentence."""
+RANK_FIGURES = ("min", "max", "loudest")
+"""What W&B shows of the ranks' own gradient norms: the least, the greatest, and the rank that has the greatest."""
+WANDB_FIGURES: Mapping[str, str] = {
+    GRAD_NORM: GRAD_NORM,
+    GRAD_SHARE: GRAD_SHARE,
+    GRAD_NONFINITE: GRAD_NONFINITE,
+    UPDATE_RATIO: UPDATE_RATIO,
+    LEARNING_RATE: LEARNING_RATE,
+    WEIGHT_NORM: WEIGHT_NORM,
+    **{
+        figure: f"overfit/{figure}"
+        for figure in (TRAIN_LOSS, VAL_LOSS, TRAIN_ACC, VAL_ACC, LOSS_GAP, OVERFITTING_SCORE)
+    },
+    f"val_{USES}": f"probe/{USES}",
+    f"val_{USES}_{LOW}": f"probe/{USES}_{LOW}",
+    f"val_{USES}_{HIGH}": f"probe/{USES}_{HIGH}",
+    f"val_{ABLATED}": f"probe/{ABLATED}",
+    KNOWS: f"probe/{KNOWS}",
+}
+"""Figure of a stream (or of `full`) -> its place in W&B. With the ranks' three these are 20 for each stream."""
+WANDB_FIGURES_OF_FULL: Mapping[str, str] = {
+    "test_loss": "overfit/test_loss",
+    "test_acc": "overfit/test_acc",
+    HEAD_GAP: f"probe/{HEAD_GAP}",
+    ENSEMBLE_GAP: f"probe/{ENSEMBLE_GAP}",
+}
+"""What W&B shows of `full` beside those."""
+_RECORD_ONLY = frozenset(
+    {
+        *GRAD_FIGURES,
+        *UPDATE_FIGURES,
+        *WEIGHT_FIGURES,
+        *OVERFIT_FIGURES,
+        *WANDB_FIGURES_OF_FULL,
+        GRAD_POWER,
+        WEIGHT_DECAY,
+        KNOWS,
+        KNOWS_SCORE,
+        COMPLEMENT,
+        LAZINESS,
+    }
+)
+_RECORD_ONLY_PARTS = frozenset({USES, ABLATED, ALONE, SHAPLEY, PRESENT, WITHOUT.rstrip("_")})
+"""Parts of a figure's name: `val_shapley_acc`, `train_alone_loss`, `without_val_acc`, `val_present`."""
+
+
+def wandb_key(key: str, streams: Sequence[str]) -> str | None:
+    """The key under which W&B shows the value; None for a figure that is in the JSONL record only.
+
+    W&B makes a section of what comes before a key's first `/` (or before its last, as its user prefers), with the keys
+    in alphabetical order: both ways the streams of one figure are side by side. `rgb_grad_norm` -> `grad_norm/rgb`,
+    `rgb_val_acc` -> `overfit/val_acc/rgb`, `rgb_val_uses` -> `probe/uses/rgb`. Figures of two streams are shown where
+    there are no more than two (`ratio/...`), those of ranks by `wandb_rank_key`. Numbers of the user's own are all
+    shown: `loss` -> `train/loss`, `rgb_mae` -> `mae/rgb`.
+    """
+    if rank_of(key) is not None:
+        return None
+    parts = parse(key, streams)
+    if parts.stream is not None:
+        places = {**WANDB_FIGURES, **WANDB_FIGURES_OF_FULL} if parts.stream == FULL else WANDB_FIGURES
+        if parts.figure in places:
+            return f"{places[parts.figure]}/{parts.stream}"
+        return None if _is_record_only(parts.figure) else f"{parts.figure}/{parts.stream}"
+    pair = _figure_of_two(key, streams)
+    if pair is not None:
+        return f"ratio/{key}" if pair and len(streams) == 2 else None
+    return key if "/" in key else f"train/{key}"
+
+
+def wandb_rank_key(which: str, stream: str) -> str:
+    """`wandb_rank_key("max", "rgb")` is `rank/local_grad_norm_max/rgb`."""
+    return f"rank/{LOCAL_NORM}_{which}/{stream}"
+
+
+def _is_record_only(figure: str) -> bool:
+    """Whether a figure is the monitor's own; what no one here knows is the user's."""
+    inner, _, which = figure.rpartition("_")
+    if inner and which in (LOW, HIGH, DETECTABLE):
+        return _is_record_only(inner)
+    return figure in _RECORD_ONLY or not _RECORD_ONLY_PARTS.isdisjoint(figure.split("_"))
+
+
+def _figure_of_two(key: str, streams: Sequence[str]) -> bool | None:
+    """None for a key that is not of two streams, else whether it is a figure (and no bound of one)."""
+    for a, b in pairs(streams):
+        if key in (grad_ratio(a, b), weight_ratio(a, b, streams), overfit_ratio(a, b)):
+            return True
+        if key.startswith(f"{a}_to_{b}_") and COVER in key.split("_"):
+            return key.endswith(f"_{COVER}")
+    return None
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> list[str]:

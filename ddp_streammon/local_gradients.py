@@ -10,18 +10,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from ddp_streammon.moments import NONFINITE, SQ_SUM, Reader, reader
+from ddp_streammon.moments import NONFINITE, SQ_SUM, Reader, Source, reader
 from ddp_streammon.shards import Piece, Share
 from ddp_streammon.streams import StreamSet
 
 _PATIENCE = 16
 """Steps after which DDP is no longer asked for its buckets; it rebuilds them once, in its first ones."""
+
+
+_gradient: Source = attrgetter("grad")
 
 
 @dataclass(eq=False)
@@ -33,6 +37,8 @@ class _Bucket:
     streams: Tensor
     """[P]"""
     read: Reader
+    divided_by: int = 1
+    """By what DDP has divided all gradients but the last one when that one is ready."""
     ready: set[int] = field(default_factory=set)
 
 
@@ -121,18 +127,26 @@ class LocalGradients:
             bucket.ready.add(number)
             if len(bucket.ready) == len(bucket.numbers):
                 with torch.no_grad():
-                    self._done[bucket] = bucket.read(lambda parameter: parameter.grad)
+                    self._done[bucket] = self._read(bucket, number)
                 bucket.ready.clear()
 
         return ready
 
-    def _join(self, numbers: Sequence[int]) -> None:
+    def _read(self, bucket: _Bucket, last: int) -> Tensor:
+        """The moments of a bucket's gradients, of which all but the `last` may have been divided, [P, M]."""
+        table = bucket.read(_gradient)
+        if bucket.divided_by > 1:
+            table[:, SQ_SUM] *= torch.where(bucket.numbers == last + 1, 1.0, float(bucket.divided_by) ** 2)
+        return table
+
+    def _join(self, numbers: Sequence[int], divided_by: int = 1) -> None:
         """Read these parameters together from now on."""
         parameters = [self._parameters[number] for number in numbers]
         pieces = tuple(Piece(row, p, 0, p.numel(), whole=True) for row, p in enumerate(parameters))
         streams = torch.tensor([self._stream_of[number] for number in numbers], device=self._device)
         told = torch.tensor([number + 1 for number in numbers], dtype=torch.float64, device=self._device)
-        bucket = _Bucket(told, streams, reader([Share(pieces, 1.0)], len(numbers), self._device))
+        read = reader([Share(pieces, 1.0)], len(numbers), self._device)
+        bucket = _Bucket(told, streams, read, divided_by)
         self._bucket_of.update(dict.fromkeys(numbers, bucket))
 
     def _regroup(self) -> None:
@@ -141,12 +155,13 @@ class LocalGradients:
             return
         self._asked += 1
         for wrapped, reduced in [pair for pair in self._models if _in_one(pair[0])]:
+            divided_by = wrapped.process_group.size() if wrapped.gradient_as_bucket_view else 1
             told = wrapped._get_ddp_logging_data().get("rebuilt_per_bucket_param_indices", "")  # type: ignore[no-untyped-call]
             if told:
                 self._models.remove((wrapped, reduced))
                 for bucket in told.split(","):
                     members = [self._number_of.get(id(reduced[int(index)])) for index in bucket.split()]
-                    self._join([number for number in members if number is not None])
+                    self._join([number for number in members if number is not None], divided_by)
 
 
 def _reduced(wrapped: DistributedDataParallel) -> list[nn.Parameter]:
@@ -157,10 +172,11 @@ def _reduced(wrapped: DistributedDataParallel) -> list[nn.Parameter]:
 
 
 def _in_one(wrapped: DistributedDataParallel) -> bool:
-    """Whether a bucket's gradients are still this rank's own, and final, when the last of them is ready.
+    """Whether it is known what a bucket's gradients are when the last of them is ready.
 
-    Not where parameters may come several times, or never (`static_graph`), nor where DDP divides each one in its place
-    as soon as it is ready (torch's reducer.cpp, mark_variable_ready_dense). With `find_unused_parameters` DDP keeps its
-    first buckets, and tells of none.
+    They are this rank's own, and final; with `gradient_as_bucket_view` DDP has divided all but the last by the number
+    of ranks, each in its place as soon as it was ready, unless a communication hook does so (torch's reducer.cpp,
+    mark_variable_ready_dense). Not where parameters may come several times, or never (`static_graph`). With
+    `find_unused_parameters` DDP keeps its first buckets, and tells of none.
     """
-    return not (wrapped.static_graph or wrapped.gradient_as_bucket_view)
+    return not (wrapped.static_graph or (wrapped.gradient_as_bucket_view and wrapped._comm_hooks))

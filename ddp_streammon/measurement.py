@@ -15,27 +15,26 @@ from torch.distributed.tensor import DTensor
 from ddp_streammon import linear
 from ddp_streammon.clipping import clip_
 from ddp_streammon.collective import Collective
+from ddp_streammon.details import Details
+from ddp_streammon.facts import Facts
 from ddp_streammon.graphs import Graphs
-from ddp_streammon.inputs import Inputs
 from ddp_streammon.linear import Linear
 from ddp_streammon.local_gradients import LocalGradients
-from ddp_streammon.moments import ABS_MAX, SQ_SUM, SUM, Reader, Source, moments, reader
-from ddp_streammon.packet import ASIDE, Draft, Layout
+from ddp_streammon.moments import ABS_MAX, Reader, Source, moments, reader
+from ddp_streammon.packet import Draft, Layout
 from ddp_streammon.plan import Measurement, Plan
 from ddp_streammon.power import gradient_power
-from ddp_streammon.ranks import Clock, RankFacts, bit_sum
-from ddp_streammon.sampled import Sampled
+from ddp_streammon.ranks import bit_sum
+from ddp_streammon.scaling import inverse_scale, inverse_scale_of_backward, unscale
 from ddp_streammon.shards import Family, Share, families, holdings, local, model_peers, refuse_unsupported, shares
 from ddp_streammon.stats import (
     BAD,
     CHECKSUMS,
-    DETAIL,
     FACTS,
     LINEAR,
     LOCAL,
     MAXIMA,
     MOMENTS,
-    SAMPLES,
     SCALARS,
     STATE,
     UPDATES,
@@ -45,12 +44,7 @@ from ddp_streammon.stats import (
 )
 from ddp_streammon.streams import StreamSet
 from ddp_streammon.updates import Updates
-from ddp_streammon.user_numbers import Numbers, finish_, user_numbers
-
-MODED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-"""Modules that do something else in eval mode."""
-LOSS = "loss"
-"""The user's number that rules know as each rank's loss."""
+from ddp_streammon.user_numbers import finish_, user_numbers
 
 
 class GradientMeter:
@@ -88,26 +82,23 @@ class GradientMeter:
         self._streams = streams
         self._collective = collective
         self._optimizers = tuple(optimizers)
-        self._model = model
         self._families = families(streams, [held for held, *_ in described], self._rank)
         self._copies = {
             id(parameter): len(family.peers(self._rank)) for family in self._families for parameter in family.parameters
         }
-        self._groups = _groups_of(streams, self._optimizers)
         self.agreed: tuple[Linear, ...] = ()
         """The gradients that are squared after the sum; the same on every rank."""
         self._proved = [False] * len(self._families)
-        self._clock = Clock(model)
+        self._facts = Facts(self._rank, streams, model, self._optimizers)
         self._local = LocalGradients(streams, model, self.device) if local_gradients else None
-        self._sampled = Sampled(streams, self._optimizers, self.device, every) if evidence else None
-        self._inputs = Inputs(streams, model, self.device) if evidence else None
-        self._moded = [module for module in model.modules() if isinstance(module, MODED)] if evidence else []
+        self._details: Details | None = None
+        if evidence:
+            self._details = Details(streams, model, self._optimizers, self.device, self._facts, every)
         self._kept = torch.zeros(len(streams.streams) + 1, dtype=torch.float64, device=self.device)
         """Of slots that were not sent: the streams' largest abs-max, and the count of non-finite numbers."""
         self._inverse = torch.ones((), dtype=torch.float64, device=self.device)
         self._cells: dict[int, tuple[Layout, Tensor]] = {}
         self._graphs = Graphs(self.device)
-        self._aside = 0 if self._inputs is None else self._inputs.place_cells
         self._readers = 0
         """How often readers were made."""
         self._make_readers()
@@ -117,8 +108,8 @@ class GradientMeter:
         held = self._squared = _without(self._families, {tensor.name for tensor in self.agreed}, self._parameters)
         self._readers += 1
         number = len(self._streams.streams)
-        rows = number if self._sampled is None else 3 * number
-        layers = () if self._sampled is None else (self._sampled.layers(number),)
+        rows = number if self._details is None else 3 * number
+        layers = () if self._details is None else (self._details.layers,)
         self.shares: tuple[Share, ...] = shares(held, self._rank, self._proved)
         self.weight_shares = shares(self._families, self._rank, self._proved)
         self._read: Reader = reader((*self.shares, *layers), rows, self.device)
@@ -131,11 +122,15 @@ class GradientMeter:
         ranks = tuple(range(self._collective.topology.world_size))
         return all(family.sets == (ranks,) for family in self._families)
 
-    def summed_later(self) -> tuple[Linear, ...]:
-        """The parameters of this rank that have gradients still to be summed, now or earlier."""
+    def summed_later(self) -> tuple[tuple[Linear, ...], str]:
+        """The parameters of this rank that have gradients still to be summed, now or earlier; and why they cannot be
+        summed in a packet, empty where they can: to be raised where all ranks know of it."""
         if not self._has_dtensors:
-            return self.agreed
-        return tuple(sorted({*self.agreed, *linear.find(self._streams)}))
+            return self.agreed, ""
+        try:
+            return tuple(sorted({*self.agreed, *linear.find(self._streams)})), ""
+        except ValueError as error:
+            return self.agreed, str(error)
 
     def plan(self, scalars: Mapping[str, bool], tensors: tuple[Linear, ...] = (), *, of_step: bool = True) -> Plan:
         """The plan of a packet that carries these numbers of the user's, and these tensors' gradients as they are.
@@ -152,7 +147,7 @@ class GradientMeter:
             updates=self._updates.every > 0,
             local=self._local is not None,
             of_step=of_step,
-            evidence=self._sampled is not None,
+            evidence=self._details is not None,
         )
 
     def any_gradient(self) -> bool:
@@ -180,17 +175,19 @@ class GradientMeter:
         Comm: one all_reduce(SUM). Sync: none.
         """
         scaled = scaler is not None and scaler.is_enabled()
-        inverse: float | Tensor = self._inverse_scale(scaler) if scaler is not None and scaled else 1.0
+        inverse = inverse_scale(scaler, self._optimizers)
         layout = plan.audit_layout if audit else plan.layout
-        draft = Draft(layout, self._rank, turn, self._aside)
+        draft = Draft(layout, self._rank, turn, 0 if self._details is None else self._details.aside)
         given = user_numbers(tuple(plan.scalars), numbers, samples, self.device)
-        unplanned = bool(set(self.summed_later()) - set(plan.tensors))
+        found, refused = self.summed_later()
+        unplanned = bool(refused or set(found) - set(plan.tensors))
         draft.say(STATE, [1.0, float(scaled), math.nan if epoch is None else epoch, float(unplanned)])
         draft.say(SCALARS, given.cells)
         draft.say(BAD, [given.bad])
         if plan.of_step:
-            draft.say(FACTS, self._facts(samples).cells())
-            self._say_evidence(draft, plan, call, given)
+            draft.say(FACTS, self._facts.now(samples).cells())
+            if self._details is not None:
+                self._details.say(draft, plan, call, given)
         draft.send(self._cells_of(draft))
         for place, number in given.waiting:
             draft.put(SCALARS, number, place)
@@ -200,7 +197,7 @@ class GradientMeter:
             draft.put(LINEAR, linear.cells(plan.tensors, self._parameters, self._copies, inverse, self.device))
         updates = plan.of_step and self._updates.pending
         if plan.of_step:
-            self._put_beside(draft, _inverse(scaler) if scaler is not None and scaled else 1.0)
+            self._put_beside(draft, inverse_scale_of_backward(scaler))
         if audit:
             draft.put(CHECKSUMS, self._checksums())
         in_turn = self._rank in layout.heard(turn)
@@ -211,11 +208,11 @@ class GradientMeter:
         if again is None or audit:  # an audit is too rare to be recorded
             self._write(step, read(source))
         else:
-            generation = 0 if self._sampled is None else self._sampled.generation
+            generation = 0 if self._details is None else self._details.generation
             key = (id(layout), in_turn, step.scaled, step.waiting, in_full, self._readers, generation)
             self._graphs.run(key, lambda: self._write(step, again()))
-        if self._inputs is not None:
-            self._inputs.end()
+        if self._details is not None:
+            self._details.end()
         return self._sent(plan, call, draft.packet, turn=turn, audit=audit, shadow=False, updates=updates)
 
     def _write(self, step: _Step, table: Tensor) -> None:
@@ -233,14 +230,8 @@ class GradientMeter:
             bad.add_(finish_(rows))
         if self._collective.topology.model_peers > 1:
             rows[:, :3] /= self._collective.topology.model_peers
-        if step.plan.of_step and self._sampled is not None and self._inputs is not None:
-            detail = draft.at(DETAIL)
-            if step.waiting and LOSS in step.plan.scalars:
-                loss = rows[list(step.plan.scalars).index(LOSS)]
-                detail[0] = loss[1] / loss[2]  # nan where it was not given, or is not finite
-            own = detail[2 + streams : 2 + 3 * streams].view(streams, 2)
-            self._sampled.write(table[streams:], draft.at(SAMPLES).view(streams, -1), own)
-            self._inputs.write(detail[2 + 3 * streams :], draft.at(ASIDE))
+        if step.plan.of_step and self._details is not None:
+            self._details.write(draft, step.plan, table[streams:], waiting=step.waiting)
         if step.plan.of_step and step.plan.layout.turns > 1:
             # The largest abs-max and the count of non-finite numbers since this rank last filled its slots.
             maxima = torch.maximum(self._kept[:-1], maxima)
@@ -318,28 +309,28 @@ class GradientMeter:
     @torch.no_grad()
     def power(self, scaler: torch.amp.GradScaler | None) -> Figures:
         """See `power.gradient_power`. Comm: one all_reduce(SUM). Sync: none until a figure is read."""
-        inverse = self._inverse_scale(scaler) if scaler is not None and scaler.is_enabled() else 1.0
-        later = {tensor.name for tensor in self.summed_later()}
+        inverse = inverse_scale(scaler, self._optimizers)
+        later = {tensor.name for tensor in self.summed_later()[0]}
         return gradient_power(self._streams, self.weight_shares, self._collective, _gradient, inverse, undefined=later)
 
     def is_scaled(self, scaler: torch.amp.GradScaler | None) -> bool:
         """Whether the gradients still carry the loss scale."""
-        return scaler is not None and scaler.is_enabled() and isinstance(self._inverse_scale(scaler), Tensor)
+        return isinstance(inverse_scale(scaler, self._optimizers), Tensor)
 
     def look_at_next(self, wanted: bool) -> None:
         """Whether the next backward pass is measured: local gradients are read in it, or it costs nothing."""
         if self._local is not None:
             self._local.armed = wanted
-        if self._inputs is not None:
-            self._inputs.armed = wanted
+        if self._details is not None:
+            self._details.look_at_next(wanted)
 
     def lap(self) -> None:
         """Another call of `step`, measured or not."""
-        self._clock.lap()
+        self._facts.clock.lap()
 
     def pause(self) -> None:
         """This rank has no step of its own to time."""
-        self._clock.pause()
+        self._facts.clock.pause()
 
     def look_at_update(self, call: int) -> None:
         """Before the optimizer's step number `call`: see what it did last, remember what it starts from."""
@@ -347,40 +338,16 @@ class GradientMeter:
 
     def remember_weights(self, call: int) -> None:
         """Before the optimizer's step number `call`, of which the next call is to see the change, by a sample."""
-        if self._sampled is not None:
-            self._sampled.look(call)
+        if self._details is not None:
+            self._details.remember_weights(call)
 
     def stop(self) -> None:
         """Take the hooks off the model."""
-        self._clock.stop()
+        self._facts.clock.stop()
         if self._local is not None:
             self._local.stop()
-        if self._sampled is not None and self._inputs is not None:
-            self._sampled.stop()
-            self._inputs.stop()
-
-    def _say_evidence(self, draft: Draft, plan: Plan, call: int, given: Numbers) -> None:
-        """What the host knows of what the evidence rules ask for."""
-        if self._sampled is None or self._inputs is None:
-            return
-        rows, unknown = self._sampled.begin(call)
-        seen, places = self._inputs.begin()
-        loss = math.nan
-        if LOSS in plan.scalars and not given.waiting:
-            first = 4 * list(plan.scalars).index(LOSS)
-            _, weighted, weight, _ = given.cells[first : first + 4]
-            loss = weighted / weight if weight else math.nan
-        in_eval = math.nan
-        if self._moded:
-            in_eval = sum(not module.training for module in self._moded) / len(self._moded)
-        base = [_on_host(group.get("initial_lr", group.get("lr"))) for group in self._settings()]
-        draft.say(SAMPLES, [cell for row in rows for cell in row])
-        draft.say(DETAIL, [loss, in_eval, *base, *(0.0, unknown) * len(rows), *seen])
-        draft.say(ASIDE, places)
-
-    def _settings(self) -> list[Mapping[str, Any]]:
-        """Each stream's parameter group; empty where it has none."""
-        return [self._optimizers[place[0]].param_groups[place[1]] if place else {} for place in self._groups]
+        if self._details is not None:
+            self._details.stop()
 
     def _put_beside(self, draft: Draft, inverse_scale: float | Tensor) -> None:
         """What else a step's packet holds of the device: the last update, this rank's own gradient."""
@@ -390,19 +357,6 @@ class GradientMeter:
         if self._local is not None:
             draft.put(LOCAL, self._local.take(inverse_scale))
 
-    def _facts(self, samples: float | Tensor | None) -> RankFacts:
-        step, busy = self._clock.take()
-        settings = self._settings()
-        return RankFacts(
-            rank=self._rank,
-            lr=tuple(_on_host(group.get("lr")) for group in settings),
-            weight_decay=tuple(_on_host(group.get("weight_decay")) for group in settings),
-            training=float(self._model.training and self._streams.model.training),
-            samples=_on_host(samples),
-            step_seconds=step,
-            busy_seconds=busy,
-        )
-
     def _checksums(self) -> Tensor:
         """[F, 2] bit-sums of the gradients and of the weights that this rank holds."""
         rows = []
@@ -411,26 +365,6 @@ class GradientMeter:
             weights = [local(parameter) for parameter in family.parameters]
             rows.append(torch.stack([bit_sum(tensors, self.device) for tensors in (gradients, weights)]))
         return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64)
-
-    def _inverse_scale(self, scaler: torch.amp.GradScaler) -> float | Tensor:
-        """1 / the loss scale, on its device; 1 where the scaler has unscaled these gradients already.
-
-        `GradScaler.get_scale()` would wait for the device, and the stage is not public: torch/amp/grad_scaler.py.
-        """
-        known = {id(optimizer) for optimizer in self._optimizers}
-        states = scaler._per_optimizer_states.items()
-        done = {optimizer for optimizer, state in states if state["stage"].name != "READY"}
-        if known & done and known - done:
-            raise ValueError(
-                "the gradients of some optimizers are unscaled and those of others are not: call scaler.unscale_ for "
-                "all of them, or for none, before monitor.step"
-            )
-        return 1.0 if done & known or (done and not known) else _inverse(scaler)
-
-
-def _inverse(scaler: torch.amp.GradScaler) -> float | Tensor:
-    """1 / the loss scale of this step's backward, on its device."""
-    return 1.0 if scaler._scale is None else scaler._scale.double().reciprocal()
 
 
 _plain_gradient: Source = attrgetter("grad")
@@ -449,32 +383,6 @@ def _without(held: Sequence[Family], names: set[str], parameters: Mapping[str, n
     return tuple(
         replace(family, parameters=tuple(p for p in family.parameters if id(p) not in left_out)) for family in held
     )
-
-
-def _groups_of(streams: StreamSet, optimizers: Sequence[torch.optim.Optimizer]) -> list[tuple[int, int] | None]:
-    """For each stream the place (optimizer, group) of the first parameter group that holds any of its tensors."""
-    places: dict[int, tuple[int, int]] = {}
-    for i, optimizer in enumerate(optimizers):
-        for j, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                places.setdefault(id(parameter), (i, j))
-    found = [[places[id(p.parameter)] for p in s.parameters if id(p.parameter) in places] for s in streams.streams]
-    return [min(of_stream, default=None) for of_stream in found]
-
-
-def _on_host(value: float | Tensor | None) -> float:
-    """A number; nan where it is not known without waiting for a device."""
-    if value is None or (isinstance(value, Tensor) and value.device.type != "cpu"):
-        return math.nan
-    return float(value)
-
-
-def unscale(table: Tensor, inverse_scale: float | Tensor) -> Tensor:
-    """Moments of scaled gradients -> moments of the gradients. Shape: [S, 7]. Comm, Sync: none."""
-    factors = torch.ones_like(table[0])
-    factors[SUM] = factors[ABS_MAX] = inverse_scale
-    factors[SQ_SUM] = inverse_scale * inverse_scale
-    return table * factors
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ class Draft:
     def __init__(self, layout: Layout, rank: int, turn: int = 0, aside: int = 0) -> None:
         """`aside`: cells of the field "aside", which are written like the others and not sent."""
         self.layout = layout
-        first = layout.size + layout.slot_size
+        first = layout.size + (layout.slot_size if layout.turns > 1 else 0)
         self.spans = layout.spans(rank, turn) | {ASIDE: slice(first, first + aside)}
         self._said = [0.0] * (first + aside)
         self._cells = torch.empty(0)

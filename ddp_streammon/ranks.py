@@ -12,22 +12,28 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ddp_streammon.moments.sample import ABS_MAX, BAD, BITS, CONSTANT, COUNT, MODULUS, SQ_SUM, SUM
 from ddp_streammon.shards import Family
 
 _OTHERS = 5
 """Cells of `RankFacts` beside the streams' learning rates and weight decays."""
-_MODULUS, _FACTOR = 2**32, 1_000_003
+_FACTOR = 1_000_003
 
 
 @dataclass(slots=True)
 class StreamInput:
-    """A rank's inputs of one stream in a step, from a sample: see `inputs.COLUMNS`."""
+    """A rank's inputs of one stream in a step, from samples (inputs.py); nan where there were none.
+
+    `calls` of the stream's root module; mean and standard deviation (nan for integers), and the largest absolute value,
+    of its finite inputs; how many are not finite; 1 where all items of each call are equal; and mean and standard
+    deviation of what its first linear or convolution layer sees.
+    """
 
     calls: float = 0.0
     mean: float = math.nan
@@ -38,8 +44,28 @@ class StreamInput:
     first_mean: float = math.nan
     first_std: float = math.nan
 
+    @classmethod
+    def of_cells(cls, cells: Sequence[float]) -> StreamInput:
+        """From `INPUT_CELLS` cells: calls, the figures of the root's samples (`moments.sample`), and the first three of
+        those of the first layer's."""
+        calls, sums, (first_sum, first_square, first_count) = cells[0], cells[1:8], cells[8:INPUT_CELLS]
+        if not sums[COUNT] + sums[BAD]:
+            return cls(calls)
+        constant = float(sums[CONSTANT] == calls)
+        spread = _mean_and_std(sums[SUM], sums[SQ_SUM], sums[COUNT])
+        first = _mean_and_std(first_sum, first_square, first_count)
+        return cls(calls, *spread, sums[ABS_MAX], sums[BAD], constant, *first)
 
-_INPUT_CELLS = len(fields(StreamInput))
+
+def _mean_and_std(total: float, squares: float, count: float) -> tuple[float, float]:
+    if not count:
+        return math.nan, math.nan
+    mean = total / count
+    return mean, math.sqrt(max(squares / count - mean * mean, 0.0))
+
+
+INPUT_CELLS = 11
+"""Of each stream's inputs."""
 
 
 @dataclass(slots=True)
@@ -63,21 +89,22 @@ class RankDetail:
     @staticmethod
     def cell_count(streams: int) -> int:
         """How many cells it takes."""
-        return _DETAILS + streams * (3 + _INPUT_CELLS)
+        return _DETAILS + streams * (3 + INPUT_CELLS)
 
     @classmethod
     def of_cells(cls, cells: Sequence[float], streams: int) -> RankDetail:
-        """From loss, share in eval mode, base learning rates, (weights, moved) of each stream, inputs, and batch."""
+        """From loss, share in eval mode, base learning rates, (weights, moved) of each stream, and inputs."""
         of_weights = 2 + streams
         of_inputs = of_weights + 2 * streams
         base = tuple(cells[2:of_weights])
         weights, moved = tuple(cells[of_weights:of_inputs:2]), tuple(cells[of_weights + 1 : of_inputs : 2])
-        starts = range(of_inputs, of_inputs + streams * _INPUT_CELLS, _INPUT_CELLS)
-        inputs = tuple([StreamInput(*cells[start : start + _INPUT_CELLS]) for start in starts])
-        return cls(cells[0], cells[1], cells[-1], base, weights, moved, inputs)
+        rows = [cells[start : start + INPUT_CELLS] for start in range(of_inputs, len(cells), INPUT_CELLS)]
+        seen = [row for row in rows if row[1 + COUNT] + row[1 + BAD]]
+        batch = sum(row[1 + BITS] for row in seen) % MODULUS if seen else math.nan
+        return cls(cells[0], cells[1], batch, base, weights, moved, tuple(map(StreamInput.of_cells, rows)))
 
 
-_DETAILS = 3
+_DETAILS = 2
 """Cells of `RankDetail` beside the streams'."""
 
 
@@ -209,7 +236,7 @@ def bit_sum(tensors: Iterable[Tensor | None], device: torch.device) -> Tensor:
     for tensor in tensors:
         bits = total.new_ones(()) if tensor is None else _bits(tensor.detach()).sum(dtype=torch.int64).to(device)
         for word in (bits, bits >> 32):  # both halves: the upper one holds the exponents of float64
-            total = (total * _FACTOR + word).remainder(_MODULUS)
+            total = (total * _FACTOR + word).remainder(MODULUS)
     return total.double()
 
 

@@ -178,7 +178,7 @@ def metric_of(key: str, streams: Iterable[str]) -> Metric | None:
 
 def metric_lines(wanted: Sequence[str] = ()) -> Iterator[str]:
     """The table of metrics; of those alone whose pattern holds one of `wanted`."""
-    yield "X, Y: streams, `shared`, or `full` (the whole model); SPLIT: train, val, test; W&B shows `grad_norm/X`."
+    yield "X, Y: streams, `shared`, or `full` (the whole model); SPLIT: train, val, test."
     yield "(+) has a 95 % interval in ..._low and ..._high. Every figure is over all ranks, equal on each of them."
     for metric in METRICS:
         if not wanted or any(word in metric.pattern for word in wanted):

@@ -254,7 +254,7 @@ def step_layout(
     """The packet of a monitored step: 6 S + 4 U + 4 plain cells and 3 S + 6 slots a rank.
 
     `linear` cells, and those of the `updates`, of `local` gradients and of what the rules ask as `evidence` (9 S plain
-    cells, 11 S + 3 slots), where there are any; a packet with checksums of
+    cells, 14 S + 2 slots), where there are any; a packet with checksums of
     `families` has the slots of all ranks at once, and so has one that is not `of_step`, which holds no facts.
     """
     fields = [

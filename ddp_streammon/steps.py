@@ -174,6 +174,7 @@ class Steps:
         identity = (self._streams.names, replace(self._config, intent=Intent()), self.calls)
         mine = {name: own[name] for name in sorted(declared)}
         everyone = self._collective.gather((identity, mine, self._meter.summed_later()))
+        tensors = _union(found for _, _, found in everyone)
         for rank, (other, _, _) in enumerate(everyone):
             if other != everyone[0][0]:
                 raise ValueError(
@@ -185,7 +186,7 @@ class Steps:
         if taken:
             raise ValueError(f"{taken[0]!r} is the key of a figure of the monitor's own; give your number another name")
         scalars = {name: any(named.get(name, False) for _, named, _ in everyone) for name in names}
-        return self._meter.plan(scalars, _union(tensors for _, _, tensors in everyone))
+        return self._meter.plan(scalars, tensors)
 
     def _is_measured(self) -> bool:
         return (self.calls - 1) % self._config.every == 0
@@ -212,5 +213,10 @@ def _warn_of_unknown(numbers: Mapping[str, ScalarLike | None], plan: Plan) -> No
         )
 
 
-def _union(tensors: Iterable[tuple[Linear, ...]]) -> tuple[Linear, ...]:
-    return tuple(sorted({tensor for of_rank in tensors for tensor in of_rank}))
+def _union(of_ranks: Iterable[tuple[tuple[Linear, ...], str]]) -> tuple[Linear, ...]:
+    """What any rank has to sum; ValueError on all of them where one cannot."""
+    found = list(of_ranks)
+    refused = next((why for _, why in found if why), "")
+    if refused:
+        raise ValueError(refused)
+    return tuple(sorted({tensor for tensors, _ in found for tensor in tensors}))

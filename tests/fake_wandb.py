@@ -60,6 +60,8 @@ class FakeWandb:
     def __init__(self) -> None:
         self.runs: dict[str, FakeRun] = {}
         self.unknown: list[str] = []
+        self.views: list[dict[str, Any]] = []
+        """What was saved of workspaces and reports."""
         self._artifacts: list[dict[str, Any]] = []
         self._lock = threading.RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -241,6 +243,24 @@ class FakeWandb:
 
     def _do_CommitArtifact(self, variables: dict[str, Any]) -> Any:
         return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": "d"}}}
+
+    def _do_UpsertView2(self, variables: dict[str, Any]) -> Any:
+        self.views.append(variables)
+        project = {"id": "project", "name": variables["projectName"], "entityName": variables["entityName"]}
+        names = ("type", "name", "displayName", "description", "spec")
+        view = {name: variables[name] for name in names} | {"id": f"view{len(self.views)}", "project": project}
+        return {"upsertView": {"view": view | {"updatedAt": "2026-01-01T00:00:00"}, "inserted": True}}
+
+    _do_upsertView = _do_UpsertView2
+
+    def _do_ProjectInternalId(self, variables: dict[str, Any]) -> Any:
+        known = variables["projectName"] == "p"
+        return {"project": {"internalId": "cHJvamVjdA=="} if known else None}
+
+    def _do_GetProjects(self, variables: dict[str, Any]) -> Any:
+        facts = {"entityName": variables["entity"], "createdAt": "2026-01-01T00:00:00", "isBenchmark": False}
+        node = facts | {"id": "UHJvamVjdDox", "name": "p", "user": None}
+        return {"models": {"pageInfo": {"hasNextPage": False, "endCursor": None}, "edges": [{"node": node}]}}
 
     def _do_UseArtifact(self, variables: dict[str, Any]) -> Any:
         return {"useArtifact": {"artifact": {"id": variables["artifactID"]}}}

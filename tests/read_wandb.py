@@ -22,6 +22,9 @@ class OfflineRun:
     """What one `.wandb` file holds, as Python values."""
 
     run_id: str
+    name: str
+    group: str
+    tags: list[str]
     config: dict[str, Any]
     history: list[dict[str, Any]]
     summary: dict[str, Any]
@@ -34,7 +37,8 @@ class OfflineRun:
 def read_run(path: Path) -> OfflineRun:
     """The run in `path`, a `.wandb` file or a folder that holds exactly one at any depth."""
     (file,) = path.rglob("*.wandb") if path.is_dir() else (path,)
-    run_id, exit_code = "", None
+    run_id, name, group, exit_code = "", "", "", None
+    tags: list[str] = []
     config: dict[str, Any] = {}
     history: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
@@ -43,7 +47,8 @@ def read_run(path: Path) -> OfflineRun:
     for record in records(file):
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            run_id = record.run.run_id
+            run_id, name, group = record.run.run_id, record.run.display_name, record.run.run_group
+            tags = list(record.run.tags)
             config |= _items(record.run.config.update)
         elif kind == "config":
             config |= _items(record.config.update)
@@ -58,7 +63,7 @@ def read_run(path: Path) -> OfflineRun:
             alerts.append({"title": alert.title, "text": alert.text, "level": alert.level})
         elif kind == "exit":
             exit_code = record.exit.exit_code
-    return OfflineRun(run_id, config, history, summary, axes, alerts, exit_code)
+    return OfflineRun(run_id, name, group, tags, config, history, summary, axes, alerts, exit_code)
 
 
 def records(path: Path) -> Iterator[Any]:

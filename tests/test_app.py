@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,19 @@ from ddp_streammon import __version__, keys
 from ddp_streammon.replay import main as replay_main
 from ddp_streammon.report.__main__ import main as report_main
 from ddp_streammon.sinks import read_jsonl
+from ddp_streammon.sinks.wandb import FINDINGS
 from ddp_streammon.train.__main__ import main as train_main
 from tests.application import command
 from tests.read_wandb import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("model=multi_mlp", "model.hidden=[32,16]", "trainer.epochs=2")
+SECTIONS = {
+    *("grad_norm", "grad_share", "grad_nonfinite", "update_ratio", "weight_norm", "lr"),
+    *("overfit", "probe", "rank", "ratio", "train", "trainer"),
+}
+PARALLEL_TAGS = ("rules=evidence", "parallel=ddp")
+EVERYTHING = ("evaluation=full", "monitor.local_gradients=true", "monitor.update_every=1")
 
 
 def inherited() -> dict[str, str]:
@@ -47,7 +55,7 @@ def torchrun(*overrides: str, folder: Path, ranks: int = 2, **environment: str) 
 def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The run directory and the output of a small main job with all sinks."""
     folder = tmp_path_factory.mktemp("main")
-    done = torchrun(*SMALL, "evaluation=full", "sinks.wandb.log_every=1", folder=folder, STREAMMON_RUN="demo")
+    done = torchrun(*SMALL, *EVERYTHING, "sinks.wandb.log_every=1", folder=folder, STREAMMON_RUN="demo")
     assert done.returncode == 0, done.stderr
     return folder / "outputs" / "demo", done.stdout
 
@@ -89,7 +97,7 @@ def test_every_step_is_in_the_jsonl_file(main_job: tuple[Path, str]) -> None:
     assert records[-1]["type"] == "outcome"
 
 
-def test_the_wandb_file_holds_what_the_jsonl_file_holds(main_job: tuple[Path, str]) -> None:
+def test_the_wandb_file_holds_the_chosen_figures_of_the_jsonl_file(main_job: tuple[Path, str]) -> None:
     run_dir, _ = main_job
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
     run = read_run(file)
@@ -99,19 +107,46 @@ def test_the_wandb_file_holds_what_the_jsonl_file_holds(main_job: tuple[Path, st
     for row, record in zip(rows, records, strict=True):
         assert row["trainer/step"] == record["step"]
         for key, value in record["values"].items():
-            if key != keys.EPOCH:
-                logged = row[keys.grouped(key, ("fou", "pix"))]
-                assert logged == value or (math.isnan(logged) and math.isnan(value)), key
-    (last,) = [row for row in rows[-2:] if "val_uses/fou" in row]
-    assert last["val_uses/fou_low"] < last["val_uses/fou"] < last["val_uses/fou_high"]
-    assert last["knows/pix_low"] < last["knows/pix"] < last["knows/pix_high"]
+            shown = None if key == keys.EPOCH else keys.wandb_key(key, ("fou", "pix"))
+            if shown is not None:
+                assert row[shown] == value or (math.isnan(row[shown]) and math.isnan(value)), key
+    (last,) = [row for row in rows[-2:] if "probe/uses/fou" in row]
+    assert last["probe/uses_low/fou"] < last["probe/uses/fou"] < last["probe/uses_high/fou"]
+    steps = [(row, record["values"]) for row, record in zip(rows, records, strict=True) if record["type"] == "step"]
+    for row, values in steps:
+        norms = [values[keys.of_rank("pix", keys.LOCAL_NORM, rank)] for rank in range(2)]
+        assert [row[keys.wandb_rank_key(which, "pix")] for which in ("min", "max")] == sorted(norms)
+        assert norms[int(row[keys.wandb_rank_key("loudest", "pix")])] == max(norms)
+    assert run.summary[keys.VERDICT] == rows[-1][keys.VERDICT] != ""
     assert run.config["optim"]["lr"] == 1e-3
     assert run.config["world_size"] == 2
+    assert run.config["parameters"] == {"fou": 3040, "pix": 8288, "shared": 330}
+    assert (run.name, run.group) == ("demo", "mfeat_two")
+    assert run.tags == ["data=mfeat", "model=multi_mlp", "streams=mfeat_two", "optim=adamw", *PARALLEL_TAGS]
+
+
+def test_wandb_shows_at_most_20_figures_a_stream_and_no_two_under_one_key(main_job: tuple[Path, str]) -> None:
+    run_dir, _ = main_job
+    records = read_jsonl(run_dir / "metrics.jsonl")
+    measured = {key for record in records if record["type"] in ("step", "epoch") for key in record["values"]}
+    assert len(measured) > 190
+    shown = [name for key in measured if (name := keys.wandb_key(key, ("fou", "pix"))) is not None]
+    assert len(set(shown)) == len(shown)
+    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    logged = {key for row in read_run(file).history for key in row if not key.startswith(("_", FINDINGS))}
+    own = {keys.VERDICT, keys.EPOCH}
+    count = Counter(
+        key.rsplit("/", 1)[1] for key in logged - own if key.split("/")[0] not in ("train", "ratio", "trainer")
+    )
+    assert count.keys() == {"fou", "pix", keys.SHARED, keys.FULL}
+    assert max(count.values()) == count["fou"] == count["pix"] == 20
+    assert len(logged - own) <= 20 * len(count)
+    assert {key.split("/")[0] for key in logged - own} == SECTIONS
 
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(main_job: tuple[Path, str], tmp_path: Path) -> None:
-    again = ("evaluation=full", "sinks.wandb.enabled=false")
+    again = (*EVERYTHING, "sinks.wandb.enabled=false")
     done = torchrun(*SMALL, *again, folder=tmp_path, STREAMMON_RUN="again")
     assert done.returncode == 0, done.stderr
     first, again = (

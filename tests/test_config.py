@@ -11,8 +11,9 @@ import torch
 from hydra.errors import HydraException
 
 from ddp_streammon.config import MonitorConfig, RuleSet, Severity
-from ddp_streammon.train.__main__ import composed, conf_dir, data_and_model, explain
+from ddp_streammon.train.__main__ import composed, conf_dir, data_and_model, explain, name_in_wandb
 from ddp_streammon.train.config import ConfigError, EvaluationSection, load, monitor_config
+from ddp_streammon.train.sections import WandbSection
 
 EXPERIMENTS = sorted(path.stem for path in Path(conf_dir(), "experiment").glob("*.yaml"))
 
@@ -29,6 +30,16 @@ def test_the_default_experiment_is_two_views_of_the_digits() -> None:
     assert config.monitor.enabled
     assert config.sinks.wandb.mode == "offline"
     assert monitor_config(config) == MonitorConfig(rules=RuleSet.evidence, rule_severity=Severity.info)
+
+
+def test_what_was_chosen_names_the_wandb_run_unless_the_user_does() -> None:
+    choices = {"experiment": "mine", "data": "mfeat", "rules": None, "hydra/help": "default"}
+    section = WandbSection()
+    name_in_wandb(section, choices)
+    assert (section.name, section.group, section.tags) == (None, "mine", ["data=mfeat"])
+    section = load(composed(["sinks.wandb.name=a", "sinks.wandb.group=b", "sinks.wandb.tags=[c,d]"])).sinks.wandb
+    name_in_wandb(section, choices)
+    assert (section.name, section.group, section.tags) == ("a", "b", ["c", "d"])
 
 
 def test_streams_are_addressed_by_the_users_names() -> None:

@@ -100,6 +100,7 @@ def trained(
     set_to_none: bool = True,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     dtype: torch.dtype | None = None,
+    forwards: int = 1,
 ) -> tuple[list[StepStats], nn.Module]:
     """What was measured in a short training, and the model."""
     model = network().to(device)
@@ -111,9 +112,11 @@ def trained(
     monitor = StreamMonitor(wrapped, optimizer, streams, config=config, sinks=[sink]) if watched else None
     for number, (rgb, depth, target) in enumerate(batches()):
         optimizer.zero_grad(set_to_none=set_to_none)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            loss = cross_entropy(wrapped(rgb.to(device), depth.to(device)), target.to(device))
-        scaler.scale(loss).backward()
+        for part in range(forwards):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                logits = wrapped(rgb.to(device) + part, depth.to(device))
+                loss = cross_entropy(logits, target.to(device)) / forwards
+            scaler.scale(loss).backward()
         if spoil is not None:
             spoil(number, model)
         if monitor is not None:
@@ -172,6 +175,12 @@ def test_every_figure_is_the_cpus(
     twins, _ = trained(CPU, numbers=numbers, set_to_none=set_to_none, spoil=spoil)
     steps = STEPS if spoil is None else 3  # what NaN has made of the weights is not compared
     for own, twin in list(zip(found, twins, strict=True))[:steps]:
+        assert_equal(own, twin, rel=2e-3)
+
+
+def test_several_forwards_of_a_step_are_all_looked_at() -> None:
+    found, _ = trained(CUDA, forwards=3)
+    for own, twin in zip(found, trained(CPU, forwards=3)[0], strict=True):
         assert_equal(own, twin, rel=2e-3)
 
 

@@ -111,6 +111,64 @@ def test_grouped_keys_are_as_distinct_as_the_keys() -> None:
     assert len({keys.grouped(key, TEN) for key in made}) == len(made)
 
 
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ("a_grad_norm", "grad_norm/a"),
+        ("a_b_grad_norm", "grad_norm/a_b"),
+        ("shared_weight_norm", "weight_norm/shared"),
+        ("a_val_acc", "overfit/val_acc/a"),
+        ("full_test_acc", "overfit/test_acc/full"),
+        ("a_val_uses", "probe/uses/a"),
+        ("a_val_uses_low", "probe/uses_low/a"),
+        ("a_knows", "probe/knows/a"),
+        ("loss", "train/loss"),
+        ("val/loss", "val/loss"),
+        ("a_contrast", "contrast/a"),
+        ("a_contrast_low", "contrast_low/a"),
+        ("compression_ratio", "train/compression_ratio"),
+        ("full_model_loss_gap", "train/full_model_loss_gap"),
+        ("a_grad_mean", None),
+        ("a_test_acc", None),
+        ("a_local_grad_norm_rank3", None),
+        ("a_val_uses_detectable", None),
+        ("a_val_uses_acc", None),
+        ("a_val_uses_acc_low", None),
+        ("a_without_val_acc", None),
+        ("a_train_alone_loss", None),
+        ("full_val_acc_low", None),
+        ("a_b_grad_power", None),
+        ("a_val_present", None),
+        ("a_to_a_b_ratio", None),
+        ("a_to_c_val_cover", None),
+    ],
+)
+def test_what_wandb_shows(key: str, shown: str | None) -> None:
+    assert keys.wandb_key(key, NESTED) == shown
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ("a_to_b_ratio", "ratio/a_to_b_ratio"),
+        ("weight_norm_ratio", "ratio/weight_norm_ratio"),
+        ("a_vs_b_overfit_ratio", "ratio/a_vs_b_overfit_ratio"),
+        ("a_to_b_val_cover", "ratio/a_to_b_val_cover"),
+        ("a_to_b_val_cover_low", None),
+    ],
+)
+def test_wandb_shows_figures_of_two_streams_where_there_are_two(key: str, shown: str | None) -> None:
+    assert keys.wandb_key(key, ("a", "b")) == shown
+
+
+def test_wandb_shows_at_most_20_figures_a_stream_however_streams_are_named() -> None:
+    names = ("rgb", "rgb_low", "uses", "grad_norm")
+    made = [keys.of_stream(name, figure) for name in names for figure in keys.WANDB_FIGURES]
+    shown = [keys.wandb_key(key, names) for key in made]
+    shown += [keys.wandb_rank_key(which, name) for name in names for which in keys.RANK_FIGURES]
+    assert len(set(shown)) == len(shown) == 20 * len(names)
+
+
 def test_nearest() -> None:
     assert keys.nearest("stream1_gradnorm", ["loss", "stream1_grad_norm"])[0] == "stream1_grad_norm"
     assert keys.nearest("zzz", ["rgb", "depth", "audio", "text"]) == ["rgb", "depth", "audio"]

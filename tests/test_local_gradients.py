@@ -53,8 +53,8 @@ def freeze_depth(model: TwoStreams) -> TwoStreams:
     return model
 
 
-def compressed() -> nn.Module:
-    model = DistributedDataParallel(network())
+def compressed(*, as_view: bool = False) -> nn.Module:
+    model = DistributedDataParallel(network(), gradient_as_bucket_view=as_view)
     model.register_comm_hook(None, fp16_compress_hook)
     return model
 
@@ -84,8 +84,10 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "frozen": lambda: DDP(freeze_depth(network())),
     "bfloat16": lambda: DDP(network().bfloat16(), bucket_cap_mb=SMALL),
     "comm_hook": compressed,
+    "view_comm_hook": lambda: compressed(as_view=True),
     "separately": separately,
     "no_sync": lambda: DDP(network(), bucket_cap_mb=SMALL),
+    "no_sync_view": lambda: DDP(network(), gradient_as_bucket_view=True, bucket_cap_mb=SMALL),
     "zero_in_place": lambda: DDP(network(), gradient_as_bucket_view=True),
     "scaled": lambda: DDP(network()),
     "unscaled": lambda: DDP(network()),
@@ -108,7 +110,7 @@ def halves(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
 def backward(kind: str, model: nn.Module, seed: int, scale: Callable[[Tensor], Tensor]) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     tensors = batch(seed=seed)
-    if kind != "no_sync":
+    if not kind.startswith("no_sync"):
         scale(loss_of(model, part(tensors, rank, world))).backward()
         return
     assert isinstance(model, DistributedDataParallel)
@@ -202,7 +204,8 @@ def test_local_norms_equal_the_single_process_twin(world: int, kind: str) -> Non
     [
         ("ddp", [1] * 8, [8]),
         ("small_buckets", [1] * 8, [2, 6]),
-        ("bucket_view", [1] * 8, [1] * 8),
+        ("bucket_view", [1] * 8, [2, 6]),
+        ("view_comm_hook", [1] * 8, [1] * 8),
         ("static_graph", [1] * 8, [1] * 8),
         ("unused", [1] * 8, [1] * 8),
         ("frozen", [1] * 6, [6]),

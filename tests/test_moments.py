@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import ddp_streammon.moments as package
 from ddp_streammon.moments import (
     ABS_MAX,
     COLUMNS,
@@ -28,6 +27,7 @@ from ddp_streammon.moments import (
     moments,
     reader,
 )
+from ddp_streammon.moments import readers as package
 from ddp_streammon.moments import torch as reference
 from ddp_streammon.moments.torch import BLOCK, EXACT, LARGE, ROW
 from ddp_streammon.shards import Piece, Share

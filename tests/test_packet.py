@@ -169,4 +169,4 @@ def test_a_draft_is_written_where_it_is_wanted() -> None:
     draft.say("slots", [1.0, 2.0])
     draft.send(cells)
     assert draft.packet.data_ptr() == cells.data_ptr()
-    assert cells.tolist() == [0.0] * 9 + [1.0, 2.0] + [0.0] * 4
+    assert cells.tolist() == [0.0] * 9 + [1.0, 2.0] + [0.0] * 2

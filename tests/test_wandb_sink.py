@@ -6,7 +6,9 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -22,8 +24,10 @@ from ddp_streammon.report import Outcome, Report, RunInfo
 from ddp_streammon.rules.finding import Action, Finding
 from ddp_streammon.sinks import FanOut, JsonlSink, read_jsonl
 from ddp_streammon.sinks import wandb as sink_module
-from ddp_streammon.sinks.wandb import FINDING_COLUMNS, STEP_AXIS, WandbSink, active_wandb_run
+from ddp_streammon.sinks.ledger import COLUMNS
+from ddp_streammon.sinks.wandb import STEP_AXIS, WandbSink, active_wandb_run, over_ranks
 from tests.fake_wandb import API_KEY, FakeWandb
+from tests.ranks import CONTEXT
 from tests.read_wandb import OfflineRun, read_run
 
 wandb = pytest.importorskip("wandb")
@@ -35,6 +39,8 @@ OVERFIT = Finding(
     rule="guide.overfit",
     severity=Severity.warning,
     stream="depth",
+    evidence={"score": 1.5},
+    do="increase it",
     action=Action("weight_decay", "depth", 0.05, 0.02),
 )
 HINT = Finding("✓ Gradient ratio balanced (1.15)", rule="guide.ratio")
@@ -85,18 +91,18 @@ def same(a: Any, b: Any) -> bool:
 
 def figures(row: dict[str, Any]) -> dict[str, Any]:
     """What a history row holds besides the axes and W&B's own columns."""
-    return {key: value for key, value in row.items() if not key.startswith("_") and key not in AXES}
+    return {key: value for key, value in row.items() if not key.startswith("_") and key not in NO_FIGURES}
 
 
-AXES = (STEP_AXIS, keys.EPOCH)
+NO_FIGURES = (STEP_AXIS, keys.EPOCH, keys.VERDICT)
 
 
-def test_the_offline_file_holds_what_the_jsonl_holds(tmp_path: Path) -> None:
+def test_the_offline_file_holds_the_chosen_figures_of_the_jsonl(tmp_path: Path) -> None:
     sink, file = WandbSink(run_id="r1"), JsonlSink(tmp_path / "log.jsonl")
     both = FanOut([file, sink])
     reports = [
         step(1, rgb_to_depth_ratio=math.inf),
-        step(2, depth_grad_norm=math.nan, rgb_lr=1e-3),
+        step(2, depth_grad_norm=math.nan, rgb_lr=1e-3, rgb_grad_mean=0.5),
         epoch(1, HINT, OVERFIT),
         step(3, loss=-math.inf),
         epoch(2, HINT, OVERFIT),
@@ -113,15 +119,20 @@ def test_the_offline_file_holds_what_the_jsonl_holds(tmp_path: Path) -> None:
     assert len(rows) == len(logged) == 6
     for row, record in zip(rows, logged, strict=True):
         assert (row[STEP_AXIS], row[keys.EPOCH]) == (record["step"], record["epoch"])
-        values = {keys.grouped(k, STREAMS): v for k, v in record["values"].items() if k != keys.EPOCH}
+        shown = {key: keys.wandb_key(key, STREAMS) for key in record["values"] if key != keys.EPOCH}
+        values = {shown[key]: record["values"][key] for key in shown if shown[key] is not None}
         assert figures(row).keys() == values.keys()
         assert all(same(row[key], value) for key, value in values.items()), (row, values)
     assert rows[0]["ratio/rgb_to_depth_ratio"] == math.inf and math.isnan(rows[1]["grad_norm/depth"])
 
-    assert run.run_id == "r1" and run.exit_code == 0
+    assert (run.run_id, run.name, run.exit_code) == ("r1", "first", 0)
     assert run.config["seed"] == 1 and run.config["streams"] == list(STREAMS)
     assert run.config["optim"] == {"lr": 0.1}
     assert run.summary["grad_norm/rgb"] == 0.3 and run.summary["train/best_val_acc"] == 0.5
+    assert run.summary[keys.VERDICT] == "nonfinite: ❌ 3 NaN [1 error, 1 warning]"
+    told = [row[keys.VERDICT] for row in rows if keys.VERDICT in row]
+    overfit = f"guide.overfit: {OVERFIT.seen}"
+    assert told == [f"{overfit} [1 warning]"] * 2 + [f"{overfit} (until step 6) [1 warning]"]
     check_axes(run)
     check_alerts(run)
     check_table(tmp_path)
@@ -129,9 +140,9 @@ def test_the_offline_file_holds_what_the_jsonl_holds(tmp_path: Path) -> None:
 
 def check_axes(run: OfflineRun) -> None:
     assert run.axes[STEP_AXIS] == "" and run.axes[keys.EPOCH] == ""
-    for name in ("grad_norm/*", "weight_norm/*", "lr/*", "train/loss", "ratio/rgb_to_depth_ratio"):
+    for name in ("grad_norm/*", "weight_norm/*", "lr/*", "rank/*", "train/loss", "ratio/rgb_to_depth_ratio"):
         assert run.axes[name] == STEP_AXIS, name
-    for name in ("val_acc/*", "overfitting_score/*", "train/val_loss"):
+    for name in ("overfit/*", "probe/*", "health/*", "train/val_loss"):
         assert run.axes[name] == keys.EPOCH, name
 
 
@@ -140,7 +151,7 @@ def check_alerts(run: OfflineRun) -> None:
     first, second = run.alerts
     assert first["level"] == "WARN" and len(first["title"]) <= 60
     assert first["title"].startswith("⚠️ Depth overfitting") and first["title"].endswith("...")
-    assert first["text"] == f"{OVERFIT}\noptim.streams.depth.weight_decay=0.05"
+    assert first["text"] == f"{OVERFIT}. Do: increase it.\noptim.streams.depth.weight_decay=0.05"
     assert (second["level"], second["title"]) == ("ERROR", "❌ 3 NaN")
 
 
@@ -148,12 +159,18 @@ def check_table(folder: Path) -> None:
     override = "optim.streams.depth.weight_decay=0.05"
     (file,) = folder.glob("wandb/offline-run-*/files/media/table/findings*.table.json")
     table = json.loads(file.read_text())
-    assert tuple(table["columns"]) == FINDING_COLUMNS
+    assert tuple(table["columns"]) == COLUMNS
     assert table["data"] == [
-        [2, 1.0, "guide.ratio", "info", None, None, str(HINT), ""],
-        [2, 1.0, "guide.overfit", "warning", "depth", None, str(OVERFIT), override],
-        [2, None, "nonfinite", "error", "rgb", 1, "❌ 3 NaN", ""],
+        [2, 6, 1, "info", "guide.ratio", None, None, str(HINT), "", ""],
+        [2, 6, 1, "warning", "guide.overfit", "depth", None, str(OVERFIT), "score=1.5", override],
+        [2, None, 1, "error", "nonfinite", "rgb", 1, "❌ 3 NaN", "", ""],
     ]
+
+
+def test_a_run_of_our_own_has_the_name_group_and_tags_that_it_is_given(tmp_path: Path) -> None:
+    log_run(WandbSink(name="mine", group="g", tags=("a", "b=c")))
+    run = written(tmp_path / "wandb")
+    assert (run.name, run.group, run.tags) == ("mine", "g", ["a", "b=c"])
 
 
 def test_log_every_thins_steps_only(tmp_path: Path) -> None:
@@ -162,6 +179,31 @@ def test_log_every_thins_steps_only(tmp_path: Path) -> None:
     run = written(tmp_path / "wandb")
     assert [row[STEP_AXIS] for row in run.history if STEP_AXIS in row] == [1, 2, 4, 4]
     assert run.alerts == []
+
+
+def test_of_many_ranks_three_numbers_are_shown(tmp_path: Path) -> None:
+    norms = {keys.of_rank("rgb", keys.LOCAL_NORM, rank): 1.0 + (rank == 11) for rank in range(16)}
+    log_run(WandbSink(), step(1, **norms, depth_local_grad_norm_rank0=math.nan))
+    (row,) = (row for row in written(tmp_path / "wandb").history if STEP_AXIS in row)
+    ranks = {key: value for key, value in row.items() if key.startswith("rank/")}
+    assert ranks == {
+        "rank/local_grad_norm_min/rgb": 1.0,
+        "rank/local_grad_norm_max/rgb": 2.0,
+        "rank/local_grad_norm_loudest/rgb": 11.0,
+    }
+    assert over_ranks({"rgb_grad_norm": 1.0, "loss_rank0": 2.0}, STREAMS) == {}
+
+
+def test_a_finding_that_comes_and_goes_alerts_once_and_is_one_row(tmp_path: Path) -> None:
+    reports = [epoch(1, OVERFIT), epoch(2), epoch(3, OVERFIT), epoch(4)]
+    sink = WandbSink()
+    sink.open(RUN)
+    for report in reports:
+        sink.write(report)
+    sink.close(Outcome({}, (OVERFIT,), ""))
+    assert len(written(tmp_path / "wandb").alerts) == 1
+    (file,) = tmp_path.glob("wandb/offline-run-*/files/media/table/findings*.table.json")
+    assert [row[:3] for row in json.loads(file.read_text())["data"]] == [[2, 8, 2]]
 
 
 def test_an_active_run_is_logged_into_and_left_to_its_owner(tmp_path: Path) -> None:
@@ -195,7 +237,7 @@ def test_an_owner_who_passes_step_keeps_his_rows_with_join_rows(tmp_path: Path) 
             sink.write(step(number))
             sink.write(epoch(number))
     rows = [row for row in written(tmp_path / "wandb").history if "mine" in row]
-    assert [(row["mine"], row["val_acc/rgb"]) for row in rows] == [(1.0, 0.5), (2.0, 0.5), (3.0, 0.5)]
+    assert [(row["mine"], row["overfit/val_acc/rgb"]) for row in rows] == [(1.0, 0.5), (2.0, 0.5), (3.0, 0.5)]
     assert [row["grad_norm/rgb"] for row in rows] == pytest.approx([0.1, 0.2, 0.3])
 
 
@@ -235,6 +277,67 @@ def test_online_and_resumed_on_a_server(tmp_path: Path, monkeypatch: pytest.Monk
         assert run.summary["grad_norm/rgb"] == 0.3
         wandb.teardown()
         assert server.unknown == []
+
+
+def _log_until_killed(folder: str, told: Any) -> None:
+    """Rows without end; each is told with the time at which `write` had returned."""
+    os.environ.update(WANDB_DIR=folder, WANDB_SILENT="true")
+    sink = WandbSink(run_id="r1")
+    sink.open(RUN)
+    for number in range(1, 1_000_000):
+        sink.write(step(number))
+        told.send((number, time.monotonic()))
+        time.sleep(0.02)
+
+
+def rows_on_disk(folder: Path) -> int:
+    return len([row for row in read_run(folder).history if STEP_AXIS in row])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_process_that_is_killed_loses_at_most_the_rows_of_its_last_second(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)  # from where the process imports this module
+    logged, told = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_log_until_killed, args=(str(tmp_path), told))
+    process.start()
+    told.close()
+    try:
+        times = [logged.recv()[1]] if logged.poll(60) else []
+        while times and times[-1] - times[0] < 1.6 and logged.poll(10):
+            times.append(logged.recv()[1])
+        os.kill(process.pid, number)
+        killed = time.monotonic()
+        process.join(timeout=20)
+        assert process.exitcode == -number
+    finally:
+        process.kill()
+        process.join()
+    older_than_a_second = len([moment for moment in times if moment < killed - 1])
+    assert older_than_a_second > 10
+    while rows_on_disk(tmp_path) < older_than_a_second:
+        assert time.monotonic() < killed + 1, (rows_on_disk(tmp_path), older_than_a_second)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_an_offline_run_is_synced_and_shown_by_wandbs_own_commands(tmp_path: Path) -> None:
+    log_run(WandbSink(project="p", run_id="r1", group="g"), step(1), step(2), epoch(1, OVERFIT))
+    written(tmp_path / "wandb")
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    command = (sys.executable, "-m", "wandb")
+    inspect = [*command, "leet", "inspect", "--summary", "--json", str(folder)]
+    shown = subprocess.run(inspect, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert json.loads(shown)["summary"][keys.VERDICT] == "nonfinite: ❌ 3 NaN [1 error, 1 warning]"
+    with FakeWandb() as server:
+        variables = {**os.environ, **server.env()}
+        subprocess.run([*command, "sync", str(folder)], check=True, env=variables, capture_output=True, timeout=60)
+        run = server.runs["r1"]
+        assert [row[STEP_AXIS] for row in run.history if STEP_AXIS in row] == [1, 2, 2]
+        assert run.summary["grad_norm/rgb"] == 0.3
+        assert [alert["severity"] for alert in run.alerts] == ["WARN", "ERROR"]
+        assert run.complete and server.unknown == []
 
 
 @pytest.mark.slow

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import logging
+import math
 import netrc
 import os
 import secrets
 import sys
 import textwrap
-from collections.abc import Hashable, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
-from ddp_streammon.report import Outcome, Report, RunInfo, Told, describe_action, gist
+from ddp_streammon.report import Outcome, Report, RunInfo
 from ddp_streammon.rules.finding import Finding
+from ddp_streammon.sinks.ledger import COLUMNS, Ledger, Pace, override
 
 MODES = ("auto", "disabled", "offline", "online")
 STEP_AXIS = "trainer/step"
 """Our own x axis. W&B's `_step` counts log calls and ignores rows that go back: `step=` is never passed."""
-FINDING_COLUMNS = ("step", "epoch", "rule", "severity", "stream", "rank", "finding", "override")
-
-_STEP_FIGURES = (
-    *keys.GRAD_FIGURES,
-    *keys.WEIGHT_FIGURES,
-    keys.LEARNING_RATE,
-    keys.WEIGHT_DECAY,
-    keys.PRESENT,
-)
-_EPOCH_FIGURES = (*keys.OVERFIT_FIGURES, keys.CONTRIBUTION)
+_STEP_SECTIONS = (*(place for place in keys.WANDB_FIGURES.values() if "/" not in place), "rank")
+EPOCH_SECTIONS = ("overfit", "probe", "health")
+"""What is drawn over epochs; all else over steps."""
+FINDINGS = "findings"
+"""The key of the table."""
 _AXIS_NAMES = frozenset({keys.EPOCH, "step"})
 _ALERT_LEVELS = {Severity.warning: "WARN", Severity.error: "ERROR"}
 _TITLE_LENGTH = 60
 """W&B wants less than 64 characters."""
+_VERDICT_LENGTH = 300
 _INIT_SECONDS = 20
 """How long a server may keep rank 0 (and, at the next collective, everybody) waiting."""
 _EXTRA_SETTINGS = {"finish_timeout": 15, "x_transaction_log_flush_interval": 1}
@@ -53,6 +52,9 @@ class WandbSink:
     W&B drop his rows once ours have moved its counter, and wants `join_rows=True` (ours then join the rows
     that he commits) or, as W&B advises, an axis of his own by `define_metric`.
 
+    W&B shows at most 20 figures a stream (`keys.wandb_key`), the JSONL record has all; beside them the verdict in one
+    line (`health/verdict`), with the last rows a table `findings`, and alerts at `Pace`, with the override in the text.
+
     A run of our own resumes by its id: keep `run_id` in the checkpoint and pass it back. A server that cannot
     be reached is one warning and an offline run, which `wandb sync` uploads later.
     """
@@ -62,6 +64,7 @@ class WandbSink:
         mode: str = "offline",
         project: str = "ddp_streammon",
         entity: str | None = None,
+        name: str | None = None,
         group: str | None = None,
         tags: tuple[str, ...] = (),
         run_id: str | None = None,
@@ -74,7 +77,8 @@ class WandbSink:
 
         `mode`: `disabled` does nothing, in an active run neither; `auto` is `WANDB_MODE`, else online where
         an API key is found, else offline. `log_every`: log every n-th step report (epoch reports always).
-        `alerts`: None means from a run of our own only. `dir`: else `WANDB_DIR`, else the run directory.
+        `alerts`: None means from a run of our own only. `name`: else the monitor's. `dir`: else `WANDB_DIR`, else
+        the run directory.
         """
         if mode not in MODES:
             raise ValueError(f"wandb mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -82,6 +86,7 @@ class WandbSink:
             raise ValueError(f"wandb log_every must be at least 1 (every step report), got {log_every}")
         self._mode = _auto_mode() if mode == "auto" else mode
         self._wandb: Any = None if self._mode == "disabled" else _import_wandb()
+        self._name = name
         self._place = {"project": project, "entity": entity, "group": group, "tags": list(tags)}
         self._dir = None if dir is None else _usable_folder(Path(dir))
         self._log_every = log_every
@@ -96,9 +101,9 @@ class WandbSink:
         self._streams: tuple[str, ...] = ()
         self._step_reports = 0
         self._defined: set[str] = set()
-        self._told = Told()
-        self._noted: set[Hashable] = set()
-        self._rows: list[list[Any]] = []
+        self._shown: dict[str, str | None] = {}
+        self._ledger = Ledger()
+        self._pace = Pace()
 
     def open(self, run: RunInfo) -> None:
         """Take the active run or make one; declare the axes."""
@@ -118,9 +123,9 @@ class WandbSink:
         self.location = "" if self._run.disabled else str(self._run.url or Path(self._run.dir).parent)
         for axis in (STEP_AXIS, keys.EPOCH):
             self._run.define_metric(axis)
-        for axis, figures in ((STEP_AXIS, _STEP_FIGURES), (keys.EPOCH, _EPOCH_FIGURES)):
-            for figure in figures:
-                self._run.define_metric(f"{figure}/*", step_metric=axis)
+        for axis, sections in ((STEP_AXIS, _STEP_SECTIONS), (keys.EPOCH, EPOCH_SECTIONS)):
+            for section in sections:
+                self._run.define_metric(f"{section}/*", step_metric=axis)
 
     @property
     def in_callers_thread(self) -> bool:
@@ -131,11 +136,11 @@ class WandbSink:
         """Log the values (step reports thinned by `log_every`) and send the alerts."""
         if self._run is None:
             return
+        news = self._ledger.take(report.kind, report.step, report.findings)
         if report.kind == "epoch" or self._step_reports % self._log_every == 0:
             self._log_values(report)
         self._step_reports += report.kind == "step"
-        for finding in self._told.news(report.kind, report.findings):
-            self._note(finding, report.step, report.epoch)
+        self._alert(news)
 
     def close(self, outcome: Outcome) -> None:
         """Write the table of findings and the summary; finish the run if it is ours."""
@@ -154,7 +159,7 @@ class WandbSink:
         arguments = {
             **self._place,
             "id": self.run_id,
-            "name": run.name,
+            "name": self._name or run.name,
             "dir": None if folder is None else str(_usable_folder(Path(folder))),
             "config": dict(config),
             "resume": "allow",
@@ -174,55 +179,68 @@ class WandbSink:
         return self._wandb.init(mode="offline", settings=_settings(self._wandb), **arguments)
 
     def _log_values(self, report: Report) -> None:
-        row = self._grouped(report.values)
+        row: dict[str, Any] = {**self._chosen(report.values)}
         axis = STEP_AXIS if report.kind == "step" else keys.EPOCH
         for key in row.keys() - self._defined:
-            if key.split("/")[0] not in (*_STEP_FIGURES, *_EPOCH_FIGURES):
+            if key.split("/")[0] not in (*_STEP_SECTIONS, *EPOCH_SECTIONS):
                 self._run.define_metric(key, step_metric=axis)
             self._defined.add(key)
         row[STEP_AXIS] = report.step
         if report.epoch is not None:
             row[keys.EPOCH] = report.epoch
+        if report.kind == "epoch":
+            row[keys.VERDICT] = self._verdict()
         self._run.log(row, commit=self._commit)
 
-    def _grouped(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The values under the keys that W&B shows side by side, but for what is an axis already."""
-        return {
-            keys.grouped(key, self._streams): float(value) for key, value in values.items() if key not in _AXIS_NAMES
-        }
+    def _chosen(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The values that W&B is to show, under its keys."""
+        for key in values.keys() - self._shown.keys():
+            self._shown[key] = None if key in _AXIS_NAMES else keys.wandb_key(key, self._streams)
+        shown = {name: float(values[key]) for key in values if (name := self._shown[key]) is not None}
+        return {**shown, **over_ranks(values, self._streams)}
 
-    def _note(self, finding: Finding, step: int | None, epoch: float | None) -> None:
-        """Keep a new finding for the table, and send an alert if it is loud enough."""
-        override = "" if finding.action is None else describe_action(finding.action, "hydra")
-        self._noted.add(gist(finding))
-        self._rows.append(
-            [
-                step,
-                epoch,
-                finding.rule,
-                finding.severity.value,
-                finding.stream,
-                finding.rank,
-                str(finding),
-                override,
-            ]
-        )
-        level = _ALERT_LEVELS.get(finding.severity)
-        if level is not None and (self._owned if self._alerts is None else self._alerts):
-            self._run.alert(
-                title=textwrap.shorten(finding, _TITLE_LENGTH, placeholder="..."),
-                text=f"{finding}\n{override}".rstrip(),
-                level=level,
-            )
+    def _verdict(self, exit_code: int = 0) -> str:
+        return textwrap.shorten(self._ledger.verdict(exit_code), _VERDICT_LENGTH, placeholder="...")
+
+    def _alert(self, news: list[Finding]) -> None:
+        """Alert of the findings that are loud enough, as often as `Pace` allows."""
+        if not (self._owned if self._alerts is None else self._alerts):
+            return
+        for finding in news:
+            level = _ALERT_LEVELS.get(finding.severity)
+            if level is not None and self._pace.allows(finding, time.monotonic()):
+                self._run.alert(
+                    title=textwrap.shorten(finding, _TITLE_LENGTH, placeholder="..."),
+                    text=f"{finding.told()}\n{override(finding)}".rstrip(),
+                    level=level,
+                )
 
     def _conclude(self, outcome: Outcome) -> None:
-        for finding in outcome.findings:
-            if gist(finding) not in self._noted:
-                self._note(finding, finding.step, None)
-        if self._rows:
-            table = self._wandb.Table(columns=list(FINDING_COLUMNS), data=self._rows, allow_mixed_types=True)
-            self._run.log({"findings": table}, commit=self._commit)
-        self._run.summary.update(self._grouped(outcome.summary))
+        self._alert(self._ledger.rest(outcome.findings))
+        summary = {**self._chosen(outcome.summary), keys.VERDICT: self._verdict(outcome.exit_code)}
+        self._run.summary.update(summary)
+        rows = self._ledger.rows()
+        if rows:
+            table = self._wandb.Table(columns=list(COLUMNS), data=rows, allow_mixed_types=True)
+            self._run.log({FINDINGS: table}, commit=self._commit)
+
+
+def over_ranks(values: Mapping[str, float], streams: tuple[str, ...]) -> dict[str, float]:
+    """Of each stream's local gradient norms the least, the greatest and whose that is, under W&B's keys.
+
+    Empty where the ranks were not measured. nan is left out, and nothing is said of a stream with nothing else.
+    """
+    of_ranks: dict[str, dict[int, float]] = {}
+    for key, value in values.items():
+        found = keys.rank_of(key)
+        if found is not None and not math.isnan(value):
+            of_ranks.setdefault(keys.parse(found[0], streams).stream or "", {})[found[1]] = value
+    chosen = {}
+    for stream, norms in of_ranks.items():
+        loudest = max(norms, key=lambda rank: (norms[rank], -rank))
+        for which, value in zip(keys.RANK_FIGURES, (min(norms.values()), norms[loudest], loudest), strict=True):
+            chosen[keys.wandb_rank_key(which, stream)] = float(value)
+    return chosen
 
 
 def active_wandb_run() -> Any | None:

@@ -27,6 +27,7 @@ from ddp_streammon.train import checkpoint
 from ddp_streammon.train.config import ONLY, AppConfig, ConfigError, check_ranks, load, reduced
 from ddp_streammon.train.data import StreamData
 from ddp_streammon.train.loop import Result, run
+from ddp_streammon.train.sections import WandbSection
 from ddp_streammon.train.training import seed_all, stream_specs
 from ddp_streammon.version import __version__
 
@@ -59,6 +60,7 @@ def _application(config: DictConfig) -> None:
         data, model = data_and_model(config, settings)
         solo = solo_models(config, settings, data)
         run_dir = Path(HydraConfig.get().runtime.output_dir)
+        name_in_wandb(settings.sinks.wandb, HydraConfig.get().runtime.choices)
         plain = OmegaConf.to_container(reduced(config), resolve=True)
         assert isinstance(plain, dict)
         result = run(settings, data, model, run_dir, {str(key): value for key, value in plain.items()}, solo)
@@ -100,6 +102,15 @@ def _refuse_multirun() -> None:
             "made anew for each job. Start one torchrun a job instead: "
             "for lr in 1e-3 3e-4; do torchrun --nproc-per-node=2 -m ddp_streammon.train optim.lr=$lr; done"
         )
+
+
+_TAGGED = ("data", "model", "streams", "optim", "rules", "parallel")
+
+
+def name_in_wandb(section: WandbSection, choices: Mapping[str, Any]) -> None:
+    """The experiment as the run's group and what else was chosen as its tags, where the user gives none."""
+    section.group = section.group or choices.get("experiment")
+    section.tags = section.tags or [f"{group}={choices[group]}" for group in _TAGGED if choices.get(group)]
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:

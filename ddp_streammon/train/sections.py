@@ -245,6 +245,7 @@ class WandbSection:
     mode: str = "offline"
     project: str = "ddp_streammon"
     entity: str | None = None
+    name: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     run_id: str | None = None

@@ -147,7 +147,12 @@ def build(
             config=monitor_config(config, _intent(config, data, model, collective.topology.world_size)),
             sinks=[sinks],
             name=run_dir.name,
-            run={**settings, "run_dir": str(run_dir), "world_size": collective.topology.world_size},
+            run={
+                **settings,
+                "run_dir": str(run_dir),
+                "world_size": collective.topology.world_size,
+                "parameters": {s.name: sum(item.parameter.numel() for item in s.parameters) for s in streams.streams},
+            },
         )
     training = Training(
         config=config,
@@ -211,6 +216,7 @@ def _sinks(config: AppConfig, run_dir: Path, saved: Mapping[str, Any] | None) ->
         mode=section.mode,
         project=section.project,
         entity=section.entity,
+        name=section.name,
         group=section.group,
         tags=tuple(section.tags),
         run_id=section.run_id or (saved or {}).get("wandb_run_id"),

@@ -18,7 +18,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_streammon import StreamMonitor
+from ddp_streammon import MonitorConfig, StreamMonitor
+from ddp_streammon.config import RuleSet
 from tests.benchmarks import machine
 from tests.benchmarks.counting import dispatched
 from tests.benchmarks.gradients import CLASSES, PIXELS, STREAMS, size, two_streams
@@ -31,8 +32,8 @@ SIZES = {
     ("cpu", "resnet"): (4, 64, 1),
     ("cpu", "vit"): (2, 32, 1),
     ("cuda", "small"): (256, 8, 20),
-    ("cuda", "resnet"): (64, 224, 10),
-    ("cuda", "vit"): (32, 224, 10),
+    ("cuda", "resnet"): (256, 224, 5),
+    ("cuda", "vit"): (64, 224, 5),
 }
 """(device, model) -> items a rank, height and width of an image, steps a block."""
 
@@ -47,6 +48,7 @@ class Job:
     pixels: int
     steps: int
     blocks: int
+    config: MonitorConfig | None = None
     warm_up: int = 4
 
 
@@ -67,7 +69,7 @@ def train(job: Job) -> Measured:
     network = two_streams(job.model, device, job.pixels)
     model = DistributedDataParallel(network, gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    monitor = StreamMonitor(model, optimizer, {name: name for name in STREAMS})
+    monitor = StreamMonitor(model, optimizer, {name: name for name in STREAMS}, config=job.config)
     inputs = [torch.randn(job.items, 3, job.pixels, job.pixels, device=device) for _ in STREAMS]
     target = torch.randint(CLASSES, (job.items,), device=device)
     seconds: list[float] = []
@@ -85,10 +87,12 @@ def train(job: Job) -> Measured:
         optimizer.step()
 
     for block in range(job.warm_up + job.blocks):
+        watched = PATTERN[block % len(PATTERN)]
+        monitor._meter.look_at_next(watched)  # in blocks that are not, hooks do nothing, too
         _wait(device)
         start = time.perf_counter()
         for _ in range(job.steps):
-            step(PATTERN[block % len(PATTERN)])
+            step(watched)
         _wait(device)
         seconds.append(time.perf_counter() - start)
     collectives = dispatched(lambda: monitor.step(loss=1.0, samples=job.items))["c10d"]
@@ -106,11 +110,13 @@ def report(job: Job, measured: Measured) -> str:
     """What was measured, and on what."""
     found = Alternation.of(measured.seconds)
     per_step = 1e3 / job.steps
+    config = job.config or MonitorConfig()
     ratio = found.ratio
     return "\n".join(
         [
             f"{RANKS[job.device]} {job.device} rank(s) under DDP: {measured.machine}",
             f"two {job.model} streams: {measured.size}; {job.items} items a rank of 3 x {job.pixels} x {job.pixels}",
+            f"rules={config.rules.value}, local_gradients={config.local_gradients}",
             f"{job.blocks} blocks of {job.steps} step(s), every second one monitored",
             f"step, monitored  {per_step * found.monitored:8.2f} ms",
             f"step, not        {per_step * found.plain:8.2f} ms",
@@ -127,10 +133,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fours", type=machine.count, default=25, help="of blocks, A B B A")
     parser.add_argument("--steps", type=machine.count, help="of a block")
     parser.add_argument("--items", type=machine.count, help="of a rank's batch")
+    parser.add_argument("--rules", type=RuleSet, default=RuleSet.evidence, help="evidence, guide or off")
+    parser.add_argument("--local-gradients", action="store_true", help="read each rank's own gradient, too")
     given = parser.parse_args(arguments)
     kind: str = given.device.type
     items, pixels, steps = SIZES[kind, given.model]
-    job = Job(given.model, kind, given.items or items, pixels, given.steps or steps, 4 * given.fours)
+    config = MonitorConfig(rules=given.rules, local_gradients=given.local_gradients)
+    job = Job(given.model, kind, given.items or items, pixels, given.steps or steps, 4 * given.fours, config)
     if kind == "cpu":
         measured = run_ranks(RANKS[kind], train, job, timeout=3600)[0]
     else:
