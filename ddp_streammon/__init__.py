@@ -14,6 +14,7 @@ from ddp_streammon.monitor import StreamMonitor, watch
 from ddp_streammon.rules.finding import Action, Finding
 from ddp_streammon.stats import Figures, StepStats, Total
 from ddp_streammon.streams import StreamSet, StreamSpec
+from ddp_streammon.version import __version__
 
 __all__ = [
     "Action",
@@ -32,6 +33,7 @@ __all__ = [
     "StreamSet",
     "StreamSpec",
     "Total",
+    "__version__",
     "classification",
     "watch",
 ]

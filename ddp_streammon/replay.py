@@ -1,4 +1,4 @@
-"""`python -m ddp_streammon.replay RUN_DIR [rules=evidence] [mute=A,B] [RULE.threshold=value]`
+"""`python -m ddp_streammon.replay RUN_DIR [rules=evidence] [mute=A,B] [RULE.threshold=value]`, or `streammon-replay`
 
 Prints what rules would have said of a finished run, and when, from its JSONL file."""
 
@@ -18,6 +18,7 @@ from ddp_streammon.rules.engine import Engine, Rule
 from ddp_streammon.rules.finding import Finding
 from ddp_streammon.sinks.jsonl import all_floats, read_jsonl
 from ddp_streammon.stats import StepStats
+from ddp_streammon.version import __version__
 
 JSONL = "metrics.jsonl"
 """The file's name in a run directory."""
@@ -106,6 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         raise SystemExit(__doc__)
+    if given == ["--version"]:
+        print(__version__)
+        return
     path = Path(given[0])
     parts = [option.partition("=") for option in given[1:]]
     options = {name: value for name, _, value in parts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import subprocess
@@ -13,9 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddp_streammon import keys
+from ddp_streammon import __version__, keys
+from ddp_streammon.replay import main as replay_main
+from ddp_streammon.report.__main__ import main as report_main
 from ddp_streammon.sinks import read_jsonl
 from ddp_streammon.sinks.wandb import FINDINGS
+from ddp_streammon.train.__main__ import main as train_main
 from tests.application import command
 from tests.read_wandb import read_run
 
@@ -225,20 +229,36 @@ def test_a_users_own_model_and_data_are_a_target(tmp_path: Path) -> None:
     assert "rgb_tower.weight" in saved["model"]
 
 
-def test_the_wheel_runs_from_any_folder(tmp_path: Path) -> None:
-    build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT))
+def test_the_wheel_and_its_scripts_run_from_any_folder(tmp_path: Path) -> None:
+    """The wheel is built from the source distribution, and installed where no checkout is seen."""
+    build = ("-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT))
     built = start(*build, folder=tmp_path)
     assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    (wheel,), (source,) = ((tmp_path / "dist").glob(f"*.{end}") for end in ("whl", "tar.gz"))
+    name = f"ddp_streammon-{__version__}"
+    assert wheel.name.startswith(f"{name}-") and source.name == f"{name}.tar.gz"
     site = tmp_path / "site"
     install = ("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel))
     assert start(*install, folder=tmp_path).returncode == 0
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    code = "import ddp_streammon.train.__main__ as train; print(train.__file__); train.main()"
-    overrides = (*SMALL, "trainer.epochs=1", "sinks.wandb.enabled=false")
-    done = start("-c", code, *overrides, folder=elsewhere, PYTHONPATH=str(site), STREAMMON_RUN="w")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(site))
-    assert (elsewhere / "outputs" / "w" / "metrics.jsonl").is_file()
     assert (site / "ddp_streammon" / "py.typed").is_file()
+    where = "import importlib.util as u; print(u.find_spec('ddp_streammon').origin)"
+    assert start("-c", where, folder=Path("/"), PYTHONPATH=str(site)).stdout == f"{site}/ddp_streammon/__init__.py\n"
+    run_dir = tmp_path / "run"
+    overrides = (*SMALL, "trainer.epochs=1", "sinks.wandb.enabled=false", f"hydra.run.dir={run_dir}")
+    for script, arguments, said in (
+        ("train", overrides, f"JSONL file     {run_dir}/metrics.jsonl\n"),
+        ("report", (str(run_dir),), f"{run_dir}/report.html\n"),
+        ("replay", (str(run_dir),), "rules"),
+    ):
+        path = str(site / "bin" / f"streammon-{script}")
+        done = start(path, *arguments, folder=Path("/"), PYTHONPATH=str(site))
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+
+
+def test_the_commands_say_their_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for command_ in (train_main, replay_main, report_main):
+        monkeypatch.setattr(sys, "argv", ["streammon", "--version"])
+        with contextlib.suppress(SystemExit):
+            command_()
+        assert capsys.readouterr().out == f"{__version__}\n"

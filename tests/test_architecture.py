@@ -16,14 +16,24 @@ from ddp_streammon import keys
 
 ROOT = Path(ddp_streammon.__file__).parent
 STREET = (
-    *("config", "keys", "streams", "shards", "moments", "packet", "collective", "ranks", "stats", "noise"),
+    *("version", "config", "keys", "streams", "shards", "moments", "packet", "collective", "ranks", "stats", "noise"),
     *("weights", "power", "updates", "linear", "plan", "user_numbers", "clipping", "scaling", "local_gradients"),
     *("facts", "inputs", "sampled", "details", "graphs", "measurement", "steps", "described"),
     *("evaluation", "history", "rules", "report", "sinks", "workspace"),
-    *("actions", "monitor", "replay", "adapters", "train"),
+    *("actions", "reference", "monitor", "replay", "adapters", "train"),
 )
 """A module imports only from modules before it; inside a package siblings are fine."""
-OPTIONAL = ("hydra", "omegaconf", "wandb", "wandb_workspaces", "matplotlib", "lightning", "transformers", "accelerate")
+OPTIONAL = (
+    "hydra",
+    "omegaconf",
+    "wandb",
+    "wandb_workspaces",
+    "matplotlib",
+    "lightning",
+    "transformers",
+    "accelerate",
+    "rich",
+)
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

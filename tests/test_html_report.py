@@ -24,6 +24,7 @@ from ddp_streammon.report.__main__ import main
 from ddp_streammon.report.curves import STRETCHES, Curve
 from ddp_streammon.report.page import page
 from ddp_streammon.report.panels import drawing
+from ddp_streammon.report.pictures import PICTURES, WHISKERS
 from ddp_streammon.report.story import Story, read
 from ddp_streammon.report.verdict import verdict
 from ddp_streammon.sinks import FanOut, HtmlSink, JsonlSink
@@ -483,3 +484,11 @@ def test_plot_history_draws_what_was_logged(tmp_path: Path) -> None:
     assert drawn == {name: monitor.history[f"{name}_grad_norm"] for name in ("stream1", "stream2")}
     figure.savefig(tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_picture_says_how_to_read_it() -> None:
+    assert all(len(re.findall(r"[.:;](?: |$)", of.note)) >= 2 for of in (*PICTURES, *WHISKERS))
+    shown = panels(story_of(*whole_run(400)))
+    assert {"heat", "spans"} <= {panel["kind"] for panel in shown.values()}
+    for title, panel in shown.items():
+        assert len(panel["note"].split()) >= 15, title

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ddp_streammon import StreamMonitor, keys
-from ddp_streammon.keys import GRAD_FIGURES, OVERFIT_FIGURES, WEIGHT_FIGURES
+from ddp_streammon import StreamMonitor, __version__
 from ddp_streammon.train.__main__ import conf_dir
 from tests.application import command
 from tests.test_app import ROOT, inherited
@@ -128,8 +127,6 @@ def test_every_script_and_option_that_the_text_names_exists() -> None:
         assert Path(conf_dir(), group, f"{name}.yaml").is_file() or name == "none", (group, name)
 
 
-def test_the_table_names_every_figure_of_a_stream() -> None:
-    evaluated = (f"val_{figure}" for figure in (keys.USES, keys.ABLATED, keys.SHAPLEY, keys.PRESENT))
-    known = (keys.KNOWS, keys.KNOWS_SCORE, keys.COMPLEMENT, keys.LAZINESS)
-    for figure in (*GRAD_FIGURES, *WEIGHT_FIGURES, *OVERFIT_FIGURES, *evaluated, *known):
-        assert f"`X_{figure}`" in README, figure
+def test_the_version_to_cite_is_this_one() -> None:
+    assert f"version = {{{__version__}}}" in README
+    assert f"- **{__version__}**" in README

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ddp_streammon.report.page import REPORT, write
 from ddp_streammon.report.story import read
+from ddp_streammon.version import __version__
 
 RECORD = "metrics.jsonl"
 """The record's name in a run directory."""
@@ -16,7 +17,8 @@ RECORD = "metrics.jsonl"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ddp_streammon.report")
+    parser = argparse.ArgumentParser(prog="streammon-report")
+    parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("run", type=Path, help=f"a run directory that holds {RECORD}, or a JSONL file")
     parser.add_argument(
         "target", type=Path, nargs="?", help=f"the file to write; {REPORT} beside the record by default"

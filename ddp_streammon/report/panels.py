@@ -30,7 +30,16 @@ def drawing(story: Story) -> dict[str, Any]:
     panels = [_timeline(story), *marked, *_whiskers(story), *curves, *others, _pace(story)]
     own = [key for key in story.curves if key != "loss" and is_own(key, streams) and keys.rank_of(key) is None]
     mine = [
-        _lines(Picture(key, "", "A number of your own.", (Line(key, "", "none"),)), story) for key in own[:USER_NUMBERS]
+        _lines(
+            Picture(
+                key,
+                "",
+                "A number of your own, as you passed it: averaged over samples, or added up, over all ranks.",
+                (Line(key, "", "none"),),
+            ),
+            story,
+        )
+        for key in own[:USER_NUMBERS]
     ]
     return {
         "last": story.last_step,
@@ -168,7 +177,9 @@ def _heats(story: Story) -> list[dict[str, Any]]:
                 "kind": "heat",
                 "title": _OF_RANKS.get(name) or f"Gradient of each rank, before the average: {parts.stream}",
                 "unit": "times the median rank",
-                "note": "One row a rank. A row that stands out all along is a rank with other data, or a slow one.",
+                "note": "One row a rank, its colour the rank against the median rank in that stretch of steps. A row "
+                "that stands out all along is a rank with other data, or a slow one; what stands out for a moment is "
+                "noise. Outlined: what a finding says of the rank.",
                 "width": width,
                 "rows": [
                     {"rank": rank, "cells": row, "rules": _rules_of(story, parts.stream, rank)}
@@ -201,7 +212,9 @@ def _pace(story: Story) -> dict[str, Any] | None:
         "kind": "lines",
         "title": "Step time",
         "unit": "seconds",
-        "note": "Between the records of two steps, over the steps between them; without evaluations. Logarithmic.",
+        "note": "Between the records of two steps, over the steps between them; without evaluations, and with what the "
+        "monitor costs. A level that rises is a loader or a machine that slows down; single peaks are checkpoints. "
+        "Logarithmic.",
         "log": True,
         "zero": False,
         "lines": [{"name": "a step", "c": "full", "mark": -1, "dash": False, **points}],
@@ -213,7 +226,10 @@ def _timeline(story: Story) -> dict[str, Any] | None:
     rows = [{"name": _short_name(told), "level": told.severity, "spans": told.spans} for told in story.by_urgency()]
     if not rows:
         return None
-    note = "A bar from the first step at which it stood to the last; what is told once an epoch stands in between."
+    note = (
+        "A bar from the first step at which it stood to the last; what is told once an epoch stands in between. The "
+        "first bar to begin is where to look first. Several short bars: it came and went."
+    )
     return {"kind": "spans", "title": "When findings stood", "unit": "", "note": note, "rows": rows[:ROWS]}
 
 

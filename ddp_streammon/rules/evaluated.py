@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
 from ddp_streammon.evaluation import LOSS, TRAIN, Claim, Estimate, Evaluation, Statement, bounds, margin
@@ -17,19 +19,36 @@ EARLY = 100
 """Steps. Of healthy trainings whose streams have 4 and 1 layers, the deep one was still unused at step 38 in two of
 three (this project)."""
 
+SAYS: Mapping[str, tuple[Severity, str]] = {
+    UNUSED: (
+        Severity.warning,
+        "Exchanging the stream's input costs less than the margin, while another stream's use is `LEARNED` margins or "
+        "more: a model that uses nothing yet has simply not learned.",
+    ),
+    IGNORED: (Severity.warning, "Unused, and its features know what the others do not."),
+    REDUNDANT: (
+        Severity.info,
+        "Its features know something, and add nothing to what the others know; told where the model has learned.",
+    ),
+    KNOWS_NOTHING: (Severity.warning, "A probe of the stream's features is no better than the majority class."),
+    REGRESSED: (Severity.warning, "The probe of the stream's features fell below its own best."),
+    MEMORISED: (
+        Severity.warning,
+        "Exchanging the stream's input costs less than half as much on held-out items as on training items.",
+    ),
+    OVERFITTING: (
+        Severity.warning,
+        "Of no stream: the held-out loss is a quarter above its best, and above the training loss.",
+    ),
+}
+"""What each says, and how loud it is."""
+
 
 def findings(found: Evaluation, step: int) -> list[Finding]:
-    """The claims of a look as sentences; one that is good news, or that nothing can be told, is none.
-
-    UNUSED (warning): exchanging the stream's input costs less than the margin, while another stream's use is `LEARNED`
-    margins or more: a model that uses nothing yet has simply not learned. IGNORED (warning): unused, and its features
-    know what the others do not. REDUNDANT (info): where the model has learned as well. NOTHING (warning): a probe of
-    its features is no better than the majority class. REGRESSED (warning): its probe fell below its own best. MEMORISED
-    (warning): exchanging it costs less than half as much on held-out items as on training items. OVERFITTING (warning,
-    of no stream): the held-out loss is a quarter above its best, and above the training loss.
+    """The claims of a look as sentences, see `SAYS`; good news, or that nothing can be told, is none. Pure.
 
     In the first `EARLY` steps of a training UNUSED and IGNORED are information: of two streams that both will be used,
-    a deeper one, or one that thaws later, is used later. Without any step the model came trained. Pure.
+    a deeper one, or one that thaws later, is used later. Without any step the model came trained.
     """
     said: dict[str, dict[Statement, Claim]] = {}
     for claim in found.claims:
@@ -48,25 +67,25 @@ def _of_stream(found: Evaluation, name: str, claims: dict[Statement, Claim], lea
     said = []
     whom = None if name == keys.FULL else name
 
-    def add(rule: str, severity: Severity, statement: Statement, sentence: str) -> None:
+    def add(rule: str, statement: Statement, sentence: str) -> None:
         claim = claims[statement]
         evidence = {**claim.bounds, "level": claim.level, "p": claim.p}
+        early = rule in (UNUSED, IGNORED) and 0 < step < EARLY
+        severity = Severity.info if early else SAYS[rule][0]
         said.append(Finding(sentence, rule=rule, severity=severity, stream=whom, step=step, evidence=evidence))
 
     uses = _shown(found, keys.of_stream(name, f"{found.split}_{keys.USES}"), "", 1, 4)
     knows = _shown(found, keys.of_stream(name, keys.KNOWS), " pp", 100, 1)
     complement = _shown(found, keys.of_stream(name, keys.COMPLEMENT), " pp", 100, 1)
-    seriously = Severity.info if 0 < step < EARLY else Severity.warning
     if Statement.unused in claims and learned:
         if Statement.complementary in claims:
             text = f"although its features add {complement} to what the others know: the head ignores it"
-            add(IGNORED, seriously, Statement.unused, f"⚠️  the model does not use {name}: {_cost(uses)}, {text}")
+            add(IGNORED, Statement.unused, f"⚠️  the model does not use {name}: {_cost(uses)}, {text}")
         elif Statement.knows_nothing not in claims:  # which is why it is not used
-            add(UNUSED, seriously, Statement.unused, f"⚠️  the model does not use {name}: {_cost(uses)}")
+            add(UNUSED, Statement.unused, f"⚠️  the model does not use {name}: {_cost(uses)}")
     if Statement.redundant in claims and learned:
         add(
             REDUNDANT,
-            Severity.info,
             Statement.redundant,
             f"{name} is redundant: its features know {knows} beyond the majority class, but add {complement} to what "
             "the others know; do nothing",
@@ -74,7 +93,6 @@ def _of_stream(found: Evaluation, name: str, claims: dict[Statement, Claim], lea
     if Statement.knows_nothing in claims:
         add(
             KNOWS_NOTHING,
-            Severity.warning,
             Statement.knows_nothing,
             f"⚠️  {name} knows nothing of the target: a probe of its features is {knows} above the majority class; "
             "check that its samples belong to the labels, and that its input is not constant",
@@ -82,7 +100,6 @@ def _of_stream(found: Evaluation, name: str, claims: dict[Statement, Claim], lea
     if Statement.regressed in claims:
         add(
             REGRESSED,
-            Severity.warning,
             Statement.regressed,
             f"⚠️  {name} knows less than it did: a probe of its features explains at least "
             f"{-100 * claims[Statement.regressed].bounds['change']:.1f} % of the target's variance less than at its "
@@ -92,7 +109,6 @@ def _of_stream(found: Evaluation, name: str, claims: dict[Statement, Claim], lea
         trained = _shown(found, keys.of_stream(name, f"{TRAIN}_{keys.USES}"), "", 1, 3)
         add(
             MEMORISED,
-            Severity.warning,
             Statement.memorised,
             f"⚠️  the model has memorised {name}: {_cost(trained)} on training items, but {uses} on held-out ones; "
             "regularise or augment that stream (untested on your data)",
@@ -101,7 +117,6 @@ def _of_stream(found: Evaluation, name: str, claims: dict[Statement, Claim], lea
         now = _shown(found, keys.of_stream(keys.FULL, f"{found.split}_{LOSS}"), "", 1, 3)
         add(
             OVERFITTING,
-            Severity.warning,
             Statement.overfitting,
             f"⚠️  the model overfits: the held-out loss is {now}, at least "
             f"{claims[Statement.overfitting].bounds['rise']:.3f} above its best, and above the training loss; stop at "

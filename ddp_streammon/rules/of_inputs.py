@@ -120,7 +120,7 @@ class Unscaled(Rule):
 
     hold: int = 5
     most: float = 10.0
-    """rules.md, INN: ten times what standardised inputs have."""
+    """A choice: ten times what standardised inputs have; torch-audit (TA301) has 50 for single values."""
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
@@ -159,9 +159,9 @@ class OtherScale(Rule):
     clear: float = 0.8
     warm_up: int = 9
     factor: float = 2.5
-    """Batches of 8 items of one data set differ by less than 1.5 in the median of ten; not from the literature."""
+    """A choice: batches of 8 items of one data set differ by less than 1.5 in the median of ten."""
     shift: float = 2.0
-    """In standard deviations of the others' inputs; not from the literature."""
+    """In standard deviations of the others' inputs: a choice."""
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
@@ -231,7 +231,7 @@ class SameBatch(Rule):
     preflight: ClassVar[bool] = True
 
     hold: int = 3
-    """rules.md, D-DUP."""
+    """A choice: chance does not do it once."""
 
     def check(self, view: View) -> Iterator[Signal]:
         by_batch: dict[tuple[bool, float], list[int]] = {}
@@ -273,7 +273,7 @@ class SameOrder(Rule):
     explains: ClassVar[bool] = False
 
     repeats: int = 4
-    """Of batches whose samples agree bit for bit, which chance does not do once."""
+    """A choice, of batches whose samples agree bit for bit, which chance does not do once."""
 
     def check(self, view: View) -> Iterator[Signal]:
         memory = view.memory

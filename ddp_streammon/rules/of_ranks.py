@@ -146,7 +146,7 @@ class Uneven(Rule):
 
     hold: int = 5
     factor: float = 2.0
-    """rules.md, D-UNE."""
+    """A choice: the last batch of an epoch may be smaller, and is one step."""
 
     def check(self, view: View) -> Iterator[Signal]:
         samples = {rank: n for rank, n in _known(view, lambda facts: facts.samples).items() if n > 0}
@@ -209,7 +209,7 @@ class Diverged(Rule):
     preflight: ClassVar[bool] = True
 
     jump: float = 3.0
-    """Above what steps of one learning rate differ by; a rank whose updates are clipped does not jump upwards."""
+    """A choice: above what steps of one learning rate differ by; a rank whose updates are clipped does not jump up."""
 
     def check(self, view: View) -> Iterator[Signal]:
         prints = {detail.weights for detail in view.details.values()}
@@ -272,9 +272,9 @@ class OtherLoss(Rule):
     clear: float = 0.8
     warm_up: int = 20
     factor: float = 1.5
-    """rules.md, D-LOS; ratios up to 4.3 were seen near zero loss, hence `least`."""
+    """A choice, and what pulseml calls an outlier among ranks; up to 4.3 was seen near zero loss, hence `least`."""
     least: float = 0.5
-    """rules.md, D-LOS: in nats. In other units, half of the loss at the start where that is less."""
+    """A choice, in nats. In other units, half of the loss at the start where that is less."""
 
     def check(self, view: View) -> Iterator[Signal]:
         said = view.of_ranks(lambda facts: math.nan if facts.detail is None else facts.detail.loss, self.WINDOW)
@@ -316,6 +316,7 @@ class Outlier(Rule):
     every: int = 10
     warm_up: int = 39
     factor: float = FACTOR
+    """See `rules.own_gradients.FACTOR`: above what equal data give on healthy ranks."""
 
     def check(self, view: View) -> Iterator[Signal]:
         ranks = [of.rank for of in view.now.local]
@@ -358,11 +359,11 @@ class Slow(Rule):
     every: int = 5
     warm_up: int = 44
     factor: float = 1.5
-    """rules.ranks: twice what the busy times of equal ranks on one shared machine differ by."""
+    """A choice: twice what the busy times of equal ranks on one shared machine differ by."""
     least: float = 0.005
-    """Seconds: several times the jitter of a shared machine; rules.md, D-STR has 8 ms of the median."""
+    """Seconds: a choice, several times the jitter of a shared machine."""
     share: float = 0.1
-    """Of a step: less is not worth a word."""
+    """Of a step: a choice, less is not worth a word."""
 
     def check(self, view: View) -> Iterator[Signal]:
         rows: dict[int, dict[int, float]] = {}

@@ -209,7 +209,7 @@ class ZeroRate(Rule):
     preflight: ClassVar[bool] = True
 
     share: float = 0.5
-    """Half of the training: not from the literature."""
+    """Half of the training: a choice."""
 
     def check(self, view: View) -> Iterator[Signal]:
         known = view.intent.frozen is not None
@@ -242,7 +242,7 @@ class Decay(Rule):
     requires: ClassVar[tuple[str, ...]] = ("optimizer",)
 
     most: float = 0.01
-    """Ten times the largest of the usual settings: weights halve in 69 steps."""
+    """A choice: ten times the largest of the usual settings; weights halve in 69 steps."""
 
     def check(self, view: View) -> Iterator[Signal]:
         if not view.now.rank_facts:
@@ -283,11 +283,11 @@ class Initial(Rule):
     kind: ClassVar[Kind] = Kind.configuration
 
     least: float = 0.03
-    """A twentieth of the default: rules.md, INI."""
+    """A choice: a twentieth of PyTorch's default."""
     most: float = 3.0
-    """Twice He's: rules.md, INI."""
+    """A choice: twice He's (He et al. 2015)."""
     until: int = 1000
-    """Measured steps for which the start is worth a word."""
+    """Measured steps for which the start is worth a word: a choice."""
 
     def check(self, view: View) -> Iterator[Signal]:
         if view.memory.count > self.until:
@@ -321,9 +321,9 @@ class NoGradient(Rule):
     preflight: ClassVar[bool] = True
 
     hold: int = 4
-    """rules.md, DET: 5, and so it is where the stream was never alive for long (`fresh`)."""
+    """A choice: and 5 where the stream was never alive for long (`fresh`)."""
     fresh: int = 20
-    """Steps with a gradient, after which it is known not to be missing often."""
+    """Steps with a gradient, after which it is known not to be missing often: a choice."""
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
@@ -355,9 +355,9 @@ class Dead(Rule):
     preflight: ClassVar[bool] = True
 
     hold: int = 4
-    """rules.md, DEAD: 5, and so it is where the stream was never alive for long (`fresh`)."""
+    """A choice: and 5 where the stream was never alive for long (`fresh`)."""
     fresh: int = 20
-    """Steps with a gradient, after which it is known not to be missing often."""
+    """Steps with a gradient, after which it is known not to be missing often: a choice."""
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
@@ -467,7 +467,7 @@ class NotCleared(Rule):
 
 @dataclass(frozen=True)
 class LeftInEval(Rule):
-    """MODE of all: the model is in eval mode on every rank while it trains, and has modules that then do something
+    """EVAL: the model is in eval mode on every rank while it trains, and has modules that then do something
     else, or all of these were in training mode before and are no longer. Where they never were (norm layers that are
     kept frozen), information."""
 
@@ -476,7 +476,7 @@ class LeftInEval(Rule):
     preflight: ClassVar[bool] = True
 
     hold: int = 3
-    """rules.md, MOD."""
+    """A choice: one evaluation may leave a step in eval mode."""
 
     def check(self, view: View) -> Iterator[Signal]:
         modes = [rank.training for rank in view.now.rank_facts]

@@ -66,10 +66,10 @@ class _Windowed(Rule):
 
     kind: ClassVar[Kind] = Kind.windowed
     hold: int = 3
-    """Evaluations in a row: zoo/README.md had no false alarm with it."""
+    """Evaluations in a row: a choice, with which no healthy run of the zoo was alarmed (`python -m tests.zoo run`)."""
     clear: float = 0.8
     warm_up: int = 40
-    """rules.md: at least so many measured steps."""
+    """Measured steps: as many as the windows are long."""
     every: int = 5
 
 
@@ -84,11 +84,11 @@ class RateJump(Rule):
 
     warm_up: int = 10
     jump: float = JUMP
-    """Half of what trainpulse and rules.md (LRS) call a jump; the peak makes it safe."""
+    """A choice: half of the tenfold that trainpulse calls a jump; `peak` makes it safe."""
     peak: float = 3.0
-    """Schedules return to their peak; none is known to go beyond it by so much in one step."""
+    """A choice: schedules return to their peak; none is known to go beyond it by so much in one step."""
     stands: int = 20
-    """Measured steps."""
+    """Measured steps for which it is told: a choice."""
 
     def check(self, view: View) -> Iterator[Signal]:
         if view.memory.jumps:
@@ -132,12 +132,13 @@ class RateGone(Rule):
     requires: ClassVar[tuple[str, ...]] = ("optimizer", "length")
 
     low: float = 1e-3
-    """Three decays of a tenth; rules.md's 1e-2 is reached by the usual two."""
+    """Three decays of a tenth: a choice. gradsnitch (GS010) has 1e-2, which the usual two decays reach."""
     late: float = 0.8
-    """rules.md, LRS."""
+    """Of the declared training: gradsnitch, GS010."""
     share: float = 0.06
-    """A cosine cycle ends in 6.4 % of its own length at 1 % of its peak."""
+    """Arithmetic: a cosine is below 1 % of its peak for the last 6.4 % of its length, below 0.1 % for 2 %."""
     hold: int = 10
+    """A choice."""
 
     def check(self, view: View) -> Iterator[Signal]:
         total = view.intent.total_steps
@@ -187,7 +188,8 @@ class Vanishing(_Windowed):
 
     warm_up: int = 20
     ratio: float = 0.03
-    """Three times that of rules.md (AutoTrainer's beta1 is 1e-3): healthy runs of the zoo are above 0.8."""
+    """A choice between AutoTrainer's beta1, 1e-3 (Zhang et al., ICSE 2021), and healthy runs of the zoo, above 0.8
+    (`python -m tests.zoo run`)."""
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
@@ -218,9 +220,10 @@ class RateLow(_Windowed):
     requires: ClassVar[tuple[str, ...]] = ("optimizer", "samples of weights", "consecutive steps")
 
     least: float = 1e-6
-    """rules.md, LRL: a training of a million such steps moves weights by their own size at most."""
+    """A choice: a training of a million such steps moves weights by their own size at most."""
     slow: float = 3e-5
-    """Thousands of such steps leave weights where they are; healthy runs whose loss does not fall are above 1e-4."""
+    """A choice: thousands of such steps leave weights where they are; healthy runs of the zoo whose loss stays are
+    above 1e-4."""
 
     def check(self, view: View) -> Iterator[Signal]:
         yield from together(view, self._of_streams(view), lambda: self._whole(view))
@@ -319,7 +322,7 @@ class RateHigh(_Windowed):
     warm_up: int = 5
     every: int = 2
     most: float = 0.1
-    """rules.md, LRH; healthy runs stay below 0.033."""
+    """torchmortem's upper bound of the update-to-weight ratio; healthy runs of the zoo stay below 0.033."""
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
@@ -349,9 +352,10 @@ class UpdatesApart(_Windowed):
     requires: ClassVar[tuple[str, ...]] = ("optimizer", "two streams", "samples of weights", "consecutive steps")
 
     apart: float = 1e-3
-    """A tenth of the rates that are given to trained towers on purpose."""
+    """A choice: a tenth of the rates that are given to trained towers on purpose."""
     alike: float = 0.03
-    """zoo/README.md: 0.05 had no false alarm in 56 healthy runs."""
+    """A choice below 0.05, with which none of 56 healthy runs was alarmed (the zoo's controls with two seeds:
+    `python -m tests.zoo run`)."""
 
     def check(self, view: View) -> Iterator[Signal]:
         moving = {s: update(view, s) for s in view.streams if view.trained(s) and view.lr(s) > 0}
@@ -387,16 +391,16 @@ class Imbalance(_Windowed):
     """IMB: the gradient of a stream's last layer (root mean square) and its whole gradient (norm) are both `factor`
     times another's, in the median of 40 steps. Where they were not in the first steps, the stream that has lost its
     gradient is named, else the one that always had more. It is a pointer, and gives way to any other finding: the ratio
-    is no property of the function (evidence.md, finding 1), and depth, width and normalisation change it. Streams that
-    miss steps have smaller gradients for that reason, and those that thaw one after the other are not equally far:
-    both are left out."""
+    is no property of the function (features scaled up and the head down change it: tests/test_invariance.py), and with
+    depth, width and normalisation it changes, too. Streams that miss steps have smaller gradients for that reason, and
+    those that thaw one after the other are not equally far: both are left out."""
 
     id: ClassVar[str] = "IMB"
     pointer: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("two streams", "samples of weights")
 
     factor: float = 4.5
-    """Healthy medians of 40 steps are below 3.3 (zoo/README.md), 2.9 where both ratios count; rules.md has 6."""
+    """A choice: healthy medians of 40 steps are below 3.3 in the zoo (`python -m tests.zoo run`), 2.9 of both."""
 
     def check(self, view: View) -> Iterator[Signal]:
         sizes = {}
@@ -457,9 +461,9 @@ class WeightsGrow(_Windowed):
     every: int = 5
     hold: int = 2
     factor: float = 2.0
-    """Healthy growth over whole runs is below 1.6 (zoo/README.md), most of it in the first steps."""
+    """A choice: healthy growth over whole runs of the zoo is below 1.6, most of it in the first steps."""
     since_start: float = 3.0
-    """rules.md, WGR."""
+    """A choice; torchmortem has 10."""
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
@@ -494,7 +498,7 @@ class WeightsShrink(_Windowed):
     requires: ClassVar[tuple[str, ...]] = ("samples of weights",)
 
     share: float = 0.4
-    """Half a percent a step: a weight decay that is meant takes thousands of steps."""
+    """A choice: half a percent a step, and a weight decay that is meant takes thousands of steps."""
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
@@ -528,7 +532,7 @@ class ClippedAway(_Windowed):
 
     warm_up: int = 20
     factor: float = 50.0
-    """rules.md, CLP."""
+    """A choice: clipping norms that are meant are of the order of the norm."""
 
     def check(self, view: View) -> Iterator[Signal]:
         clip, norm = view.intent.clip_norm or math.nan, _total(view)
@@ -560,11 +564,11 @@ class Stalled(_Windowed):
     every: int = 10
     warm_up: int = 79
     after: float = 0.05
-    """Of the declared training."""
+    """Of the declared training: a choice."""
     ratio: float = 0.95
-    """rules.md, STL."""
+    """A choice; runmedic calls 2 % of progress none."""
     near: float = 0.05
-    """rules.md, STL: 3 %; the loss of shuffled labels stays within 1 %."""
+    """A choice: the loss of shuffled labels stays within 1 % of ln(classes) in the zoo."""
 
     def check(self, view: View) -> Iterator[Signal]:
         if not view.memory.losses or view.now.step < self.after * (view.intent.total_steps or 0):
@@ -602,7 +606,7 @@ class Diverging(_Windowed):
     share: float = 0.5
     """runmedic: divergence is half of the progress lost."""
     least: float = 0.5
-    """rules.md, DIV: in nats; in other units a quarter of the loss at the start where that is less."""
+    """A choice, in nats; in other units a quarter of the loss at the start where that is less."""
 
     def check(self, view: View) -> Iterator[Signal]:
         recent = view.losses(20)
@@ -637,7 +641,7 @@ class Rounded(_Windowed):
     preflight: ClassVar[bool] = True
 
     share: float = 0.1
-    """rules.md: AdamW in pure bf16 moves 8.5 % of the elements at 2e-5, 0.4 % at 1e-6."""
+    """A choice: AdamW in pure bf16 was seen to move 8.5 % of the elements a step at a rate of 2e-5, 0.4 % at 1e-6."""
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:

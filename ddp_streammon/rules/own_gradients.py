@@ -23,7 +23,7 @@ each is the largest of a step with a probability of 1 / W, whatever the distribu
 one window of 5 million, more ranks hardly ever (the binomial tail; tests/test_own_gradient_rules.py)."""
 FACTOR = 1.5
 """Geometric mean, over the window, of the rank's norm against the median of the others (or its inverse): a difference
-that is certain but small is not worth a word. Not from the literature; ranks whose batches differ twofold in size
+that is certain but small is not worth a word. A choice: ranks whose batches differ twofold in size
 differ by up to 1.41, the root of it, where noise makes up their gradients."""
 ROUNDING = 1e-6
 """Relative difference of two norms of the same float32 gradients, summed in another order."""

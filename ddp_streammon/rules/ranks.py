@@ -24,7 +24,7 @@ NOT_SYNCHRONISED, DESYNCHRONISED, LEARNING_RATE, MODE, BATCH, STRAGGLER = (
 WINDOW = 50
 """Measured steps over which the pace of ranks is compared."""
 SLOWER = 1.5
-"""How many times the median rank's busy time makes a straggler. Not from the literature: twice what the busy times of
+"""How many times the median rank's busy time makes a straggler. A choice: twice what the busy times of
 equal ranks on one shared machine differ by."""
 SHARE = 0.1
 """Of a step: a smaller excess of busy time is not worth a word."""

@@ -22,7 +22,7 @@ T = TypeVar("T")
 WINDOW = 128
 """Measured steps that rules can look back."""
 START = 5
-"""Measured steps after which the start is taken to be over (rules.md: "w[s, step 5]")."""
+"""Measured steps after which the start is taken to be over: a choice."""
 JUMP = 5.0
 """A smaller factor between two steps' learning rates is no jump (half of what trainpulse calls one)."""
 BATCHES = 65_536

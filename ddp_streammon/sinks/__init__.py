@@ -4,6 +4,7 @@ from ddp_streammon.sinks.console import ConsoleSink
 from ddp_streammon.sinks.guard import FanOut, Guarded
 from ddp_streammon.sinks.html import HtmlSink
 from ddp_streammon.sinks.jsonl import JsonlSink, read_jsonl
+from ddp_streammon.sinks.live import LiveSink, terminal_sink
 from ddp_streammon.sinks.memory import MemorySink
 from ddp_streammon.sinks.wandb import WandbSink, active_wandb_run
 
@@ -13,8 +14,10 @@ __all__ = [
     "Guarded",
     "HtmlSink",
     "JsonlSink",
+    "LiveSink",
     "MemorySink",
     "WandbSink",
     "active_wandb_run",
     "read_jsonl",
+    "terminal_sink",
 ]

@@ -29,6 +29,7 @@ from ddp_streammon.train.data import StreamData
 from ddp_streammon.train.loop import Result, run
 from ddp_streammon.train.sections import WandbSection
 from ddp_streammon.train.training import seed_all, stream_specs
+from ddp_streammon.version import __version__
 
 VERSION_BASE = "1.3"
 OPEN = ("streams", "optim.streams", "data", "model", "rules.thresholds")
@@ -75,6 +76,9 @@ PREFLIGHT = ("preflight", "trainer.preflight=50")
 
 def main() -> None:
     """Run the application; a command line that Hydra refuses is explained with the valid keys."""
+    if sys.argv[1:] == ["--version"]:
+        print(__version__)
+        return
     if sys.argv[1:2] == [PREFLIGHT[0]]:
         sys.argv[1] = PREFLIGHT[1]
     try:

@@ -193,7 +193,7 @@ def train_epoch(training: Training, loader: DataLoader[Any] | _First, epoch: int
         loader,
         desc=f"epoch {epoch + 1}/{config.epochs}",
         leave=False,
-        disable=not (config.progress and training.rank == 0 and sys.stderr.isatty()),
+        disable=not (config.progress and training.rank == 0 and sys.stderr.isatty()) or training.panel,
     )
     of_step = Sums(zero.clone(), zero.clone())
     for number, batch in enumerate(bar):

@@ -235,6 +235,8 @@ class HtmlSection:
 @dataclass
 class ConsoleSection:
     enabled: bool = True
+    live: bool = True
+    """A panel where standard output is a terminal, plain lines elsewhere; false: plain lines everywhere."""
 
 
 @dataclass

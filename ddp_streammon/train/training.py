@@ -20,7 +20,7 @@ from ddp_streammon.config import Intent
 from ddp_streammon.monitor import StreamMonitor
 from ddp_streammon.report import Sink
 from ddp_streammon.report.page import REPORT
-from ddp_streammon.sinks import ConsoleSink, FanOut, HtmlSink, JsonlSink, WandbSink
+from ddp_streammon.sinks import ConsoleSink, FanOut, HtmlSink, JsonlSink, LiveSink, WandbSink, terminal_sink
 from ddp_streammon.sinks.jsonl import last_step
 from ddp_streammon.streams import StreamLike, StreamSet, StreamSpec
 from ddp_streammon.train import checkpoint, parallel
@@ -57,6 +57,8 @@ class Training:
     sinks: FanOut
     wandb: WandbSink | None = None
     solo: SoloReferences | None = None
+    panel: bool = False
+    """Whether the terminal shows the step already, so that a bar would be one too many."""
     epoch: int = 0
     """Epochs that are done."""
     steps: int = 0
@@ -169,6 +171,7 @@ def build(
         criterion=getattr(model, "criterion", None) or nn.CrossEntropyLoss(),
         sinks=sinks,
         wandb=wandb_sink,
+        panel=any(isinstance(guarded.sink, LiveSink) for guarded in sinks.sinks),
         solo=SoloReferences(solo, specs, streams.user_names, device) if solo else None,
     )
     seed_all(config.trainer.seed + training.rank)  # dropout and augmentation differ between ranks
@@ -206,7 +209,7 @@ def _sinks(config: AppConfig, run_dir: Path, saved: Mapping[str, Any] | None) ->
     if config.sinks.html.enabled:
         sinks.append(HtmlSink(run_dir / REPORT, record=run_dir / JSONL if config.sinks.jsonl.enabled else None))
     if config.sinks.console.enabled:
-        sinks.append(ConsoleSink(action_style="hydra"))
+        sinks.append(terminal_sink("hydra") if config.sinks.console.live else ConsoleSink(action_style="hydra"))
     section = config.sinks.wandb
     if not section.enabled:
         return FanOut(sinks), None
