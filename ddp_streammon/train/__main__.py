@@ -99,7 +99,8 @@ def _refuse_multirun() -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "--multirun cannot run under torchrun: every rank would run the whole sweep, and process groups cannot be "
-            "made anew for each job. Start one torchrun a job instead: "
+            "made anew for each job. Start one torchrun a job instead, in a checkout with "
+            "bash launch/sweep.sh optim.lr=1e-3,3e-4, elsewhere in a loop: "
             "for lr in 1e-3 3e-4; do torchrun --nproc-per-node=2 -m ddp_streammon.train optim.lr=$lr; done"
         )
 
