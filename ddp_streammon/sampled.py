@@ -18,9 +18,9 @@ from ddp_streammon.moments.torch import flat
 from ddp_streammon.shards import Piece, Share, local
 from ddp_streammon.streams import StreamSet
 
-TENSORS, ELEMENTS = 48, 32_768
+TENSORS, ELEMENTS = 48, 16_384
 """Of a stream's weights: at most so many tensors, at equal distances, and so many elements in all."""
-LAYER = 16_384
+LAYER = 8_192
 """Elements of a layer's gradient that are read."""
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 """Whose weights make the first and the last layer: not embeddings, of which most rows have no gradient."""

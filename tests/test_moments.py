@@ -26,6 +26,7 @@ from ddp_streammon.moments import (
     Source,
     moments,
     reader,
+    sample,
 )
 from ddp_streammon.moments import readers as package
 from ddp_streammon.moments import torch as reference
@@ -286,3 +287,62 @@ def test_on_cuda_the_kernel_is_tried_and_elsewhere_not() -> None:
 def test_the_kernel_is_imported_when_it_is_needed() -> None:
     code = f"import sys, ddp_streammon.moments; sys.exit({MODULE!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# Samples of batches -----------------------------------------------------------------------------------------------
+
+
+def sample_twin(batch: torch.Tensor, compare: bool) -> list[float]:
+    """The figures of a sample's first 32 items and of at most 1,024 features of each, number by number."""
+    step = -(-batch[0].numel() // 1024)
+    rows = [item.reshape(-1)[::step].tolist() for item in batch[:32]]
+    cells = [float(value) for row in rows for value in row]
+    finite = [value for value in cells if math.isfinite(value)]
+    integers = not batch.is_floating_point()
+    sums = (math.nan, math.nan) if integers else (math.fsum(finite), math.fsum(value**2 for value in finite))
+    constant = float(compare and len(rows) > 1 and all(row == rows[0] for row in rows))
+    top = max((abs(value) for value in finite), default=0.0)
+    return [*sums, len(finite), len(cells) - len(finite), constant, math.nan, top]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.uint8, torch.int64])
+def test_the_figures_of_a_sample_are_by_definition(dtype: torch.dtype) -> None:
+    for shape in ((1, 3), (7, 300), (40, 1025), (33, 3, 20, 20)):
+        batch = torch.randn(shape).mul(3).to(dtype) if dtype.is_floating_point else torch.randint(0, 2, shape).to(dtype)
+        same = batch[:1].expand(shape).contiguous()
+        bad = batch.clone()
+        if dtype.is_floating_point:
+            bad.view(-1)[0], bad.view(-1)[-1] = math.inf, math.nan
+        for tensor in (batch, same, bad, batch[:, ::2]):
+            for compare in (True, False):
+                row = torch.zeros(sample.COLUMNS, dtype=torch.float64)
+                sample.add_sample(row, tensor, compare=compare)
+                expected = sample_twin(tensor, compare)
+                expected[sample.BITS] = row[sample.BITS].item()
+                assert row.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True)
+
+
+def test_a_samples_bits_tell_values_and_their_order() -> None:
+    def bits(batch: torch.Tensor) -> float:
+        row = torch.zeros(sample.COLUMNS, dtype=torch.float64)
+        sample.add_sample(row, batch, compare=False)
+        return row[sample.BITS].item()
+
+    batch = torch.randn(4, 50)
+    swapped = batch[[1, 0, 2, 3]]
+    changed = batch.clone()
+    changed[2, 3] += 1e-6
+    assert bits(batch) == bits(batch.clone())
+    assert len({bits(batch), bits(swapped), bits(changed), bits(batch.double())}) == 4
+    assert all(0 <= bits(each) < sample.MODULUS for each in (batch, swapped, changed))
+
+
+def test_samples_add_up() -> None:
+    first, second = torch.randn(8, 20), 5 * torch.randn(8, 20)
+    row, twin = (torch.zeros(sample.COLUMNS, dtype=torch.float64) for _ in range(2))
+    sample.add_sample(row, first, compare=True)
+    sample.add_sample(row, second, compare=True)
+    sample.add_sample(twin, torch.cat([first, second]), compare=True)
+    exact = [sample.COUNT, sample.BAD, sample.CONSTANT, sample.ABS_MAX]
+    assert row[exact].tolist() == twin[exact].tolist()
+    assert row[: sample.COUNT].tolist() == pytest.approx(twin[: sample.COUNT].tolist(), rel=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -24,9 +25,11 @@ def add_sample(row: Tensor, tensor: Tensor, *, compare: bool) -> None:
     `compare`: whether to look if all items are equal. Shape: [7] float64, [B, ...]. Comm: none. Sync: none.
     """
     sample = _sample(tensor)
+    several = compare and len(sample) > 1
+    if sample.device.type == "cpu" and row.device.type == "cpu" and _add_finite(row, sample, several):
+        return
     numbers = sample.is_floating_point()
     bits = _bits(sample)
-    several = compare and len(sample) > 1
     constant = (sample == sample[:1]).all().double() if several else torch.zeros_like(bits)
     values = sample.float() if numbers else sample.double().abs()
     finite = torch.isfinite(values)
@@ -41,6 +44,22 @@ def add_sample(row: Tensor, tensor: Tensor, *, compare: bool) -> None:
     row[:ABS_MAX] += figures.to(row.device, non_blocking=True)
     largest = torch.linalg.vector_norm(values, math.inf).double().to(row.device, non_blocking=True)
     row[ABS_MAX] = torch.maximum(row[ABS_MAX], largest)
+
+
+def _add_finite(row: Tensor, sample: Tensor, several: bool) -> bool:
+    """The same on the host, a quarter of the time; False, and nothing is added, for what is not all finite numbers."""
+    if not sample.is_floating_point():
+        return False
+    wide = sample.float().double().reshape(-1)
+    squares = torch.dot(wide, wide).item()
+    if not math.isfinite(squares):
+        return False
+    low, high = torch.aminmax(wide)
+    constant = float(several and torch.equal(sample, sample[:1].expand_as(sample)))
+    figures = [wide.sum().item(), squares, float(len(wide)), 0.0, constant, _bits(sample).item()]
+    row[:ABS_MAX] += torch.tensor(figures, dtype=torch.float64)
+    row[ABS_MAX] = max(row[ABS_MAX].item(), -low.item(), high.item())
+    return True
 
 
 def feature_step(tensor: Tensor) -> int:
@@ -58,6 +77,12 @@ def _sample(tensor: Tensor) -> Tensor:
 def _bits(sample: Tensor) -> Tensor:
     """A sum of the sample's bits that depends on their order, [] float64 below 2^32."""
     whole = sample.contiguous()
-    words = whole.view(INTEGERS.get(whole.element_size(), whole.dtype)).reshape(-1).long()
-    places = torch.arange(1, 2 * len(words), 2, device=words.device)
-    return (words * places).sum().remainder(MODULUS).double()
+    words = whole.view(INTEGERS.get(whole.element_size(), whole.dtype)).reshape(-1).to(torch.int32)
+    return (
+        (words * _odd_numbers(len(words), words.device)).sum().remainder(MODULUS).double()
+    )  # int32 wraps, which changes nothing below 2^32
+
+
+@functools.lru_cache(maxsize=32)
+def _odd_numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(1, 2 * count, 2, dtype=torch.int32, device=device)
