@@ -77,7 +77,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(_x(keys.GRAD_NONFINITE), "elements of g that are nan or infinite", "count", _GRADIENT),
     Metric(_x(keys.GRAD_ELEMENTS), "elements that have a gradient", "count", _GRADIENT),
     Metric(_x(keys.GRAD_TENSORS), "tensors that have a gradient", "count", _GRADIENT),
-    Metric(_x(keys.GRAD_POWER), "sum over tensors of |g| |w|, L2 norms", "loss", "`monitor.gradient_power()`"),
+    Metric(_x(keys.GRAD_POWER), "sum over tensors of |g| |w|, L2 norms", "loss", "`monitor.compute_gradient_power()`"),
     Metric(keys.SKIPPED, "1 where the GradScaler skips the step", "0 or 1", "the GradScaler, where there is one"),
     Metric(
         keys.grad_ratio(_STREAM, _OTHER),
@@ -184,10 +184,22 @@ def metric_lines(wanted: Sequence[str] = ()) -> Iterator[str]:
         if not wanted or any(word in metric.pattern for word in wanted):
             mark = " (+)" if metric.interval else ""
             yield f"\n{metric.pattern}{mark}  [{metric.unit}]"
-            yield from _wrapped(f"{metric.formula}. From {metric.source}.")
+            yield from _wrapped(f"{metric.formula}. From {metric.source}. {_in_wandb(metric.pattern)}.")
     if not wanted:
         yield "\nyour own: what is given to `monitor.step` and `log_metrics`, by your names"
         yield from (f"    {name}: {what}" for name, what in _OWN.items())
+
+
+def _in_wandb(pattern: str) -> str:
+    """Where W&B shows it, of the streams X and Y and the validation items."""
+    if pattern.endswith("_rankR"):
+        stream = pattern.partition("_")[0]
+        return "In W&B: " + ", ".join(keys.wandb_rank_key(which, stream) for which in keys.RANK_FIGURES)
+    key = pattern.replace("SPLIT", "val")
+    streams = ("X", "Y", "Z") if pattern == keys.weight_ratio("X", "Y", ("X", "Y", "Z")) else ("X", "Y")
+    names = (key,) if "Y" in key else (key, key.replace("X_", "full_", 1))
+    shown = [keys.wandb_key(name, streams) for name in names]
+    return next((f"In W&B: {name}" for name in shown if name), "In the JSONL record only")
 
 
 def rule_lines(wanted: Sequence[str] = ()) -> Iterator[str]:
