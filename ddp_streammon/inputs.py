@@ -1,4 +1,4 @@
-"""What goes into each stream: figures of a sample of its inputs, taken on their device as the forward begins."""
+"""What goes into each stream: figures of a sample of its inputs, taken on their device, in the step or before."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every gradient on a CUDA device read once, by one kernel; a second folds what it found into figures per stream.
 
-A program of the first reads a chunk, up to `CHUNK` elements of one piece. Where the chunks begin within the pieces
+A program of the first reads a chunk, a run of elements of one piece. Where the chunks begin within the pieces
 never changes; where the pieces lie in memory, and as what, is a small table, sent again when one moved, came or went.
 """
 
