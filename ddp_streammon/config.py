@@ -16,7 +16,7 @@ class RuleSet(str, Enum):
     guide = "guide"
     """The thresholds and sentences of the StreamMonitor guide. They are folklore, hence severity `info`."""
     off = "off"
-    """No advice. Non-finite and missing gradients are still reported."""
+    """No advice: non-finite or missing gradients and ranks that differ are still reported (`rules.evidence.PLAIN`)."""
 
 
 class Severity(str, Enum):
@@ -101,7 +101,7 @@ class MonitorConfig:
     thresholds: Mapping[str, float] = field(default_factory=dict)
     """Other thresholds than the evidence rules' own: `{"STL.ratio": 0.9}`; a rule's fields are their names."""
     extra_rules: tuple[Any, ...] = ()
-    """Rules of your own beside the evidence rules: see `rules.engine.Rule`."""
+    """Rules of your own beside those of the set: see `rules.engine.Rule`."""
 
     def __post_init__(self) -> None:
         for name, least in (("every", 1), ("delay", 0), ("audit_every", 1), ("update_every", 0), ("history_limit", 1)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class StreamSetup:
     `scale`: root mean square of w x sqrt(fan-in) over its linear and convolution layers, zero-initialised ones left out
     (0.58 is PyTorch's default, 1.41 He's); nan without such layers. `norm`: whether it has norm layers; `visible`:
     whether it has a module whose inputs can be seen; `low_precision`: whether it is trained in 16-bit weights;
-    `zeros`: whether a layer of it begins with zeros alone.
+    `zeros`: whether a layer of it begins with zeros alone; `whole`: whether every rank holds all of it.
     """
 
     tensors: int
@@ -47,14 +47,15 @@ class StreamSetup:
     visible: bool = False
     low_precision: bool = False
     zeros: bool = False
+    whole: bool = True
 
 
 @dataclass(frozen=True)
 class Setup:
     """A training as it was built; rank 0's view, so that it is the same on every rank.
 
-    `replicated`: every rank holds the whole model. `wrapped`: DistributedDataParallel is seen. `moded`: there are
-    modules that do something else in eval mode. `adaptive`: all optimizers are (`ADAPTIVE`).
+    `replicated`: several ranks hold the same part of something. `wrapped`: DistributedDataParallel is seen. `moded`:
+    there are modules that do something else in eval mode. `adaptive`: all optimizers are (`ADAPTIVE`).
     """
 
     world: int
@@ -92,6 +93,7 @@ def describe(
     world: int,
     data_ranks: int,
     replicated: bool,
+    whole: Collection[str],
 ) -> Setup:
     """This rank's view. Comm: none. Sync: waits for the device, for the scale of the weights."""
     held = {id(p): group for o in optimizers for group in o.param_groups for p in group["params"]}
@@ -102,11 +104,11 @@ def describe(
         wrapped=any(isinstance(module, DistributedDataParallel) for module in model.modules()),
         moded=any(isinstance(module, MODED) for module in model.modules()),
         optimizers=tuple(type(optimizer).__name__ for optimizer in optimizers),
-        streams={stream.name: _of_stream(stream, streams.model, held) for stream in streams.streams},
+        streams={s.name: _of_stream(s, streams.model, held, whole=s.name in whole) for s in streams.streams},
     )
 
 
-def _of_stream(stream: Stream, model: nn.Module, held: Mapping[int, Mapping[str, Any]]) -> StreamSetup:
+def _of_stream(stream: Stream, model: nn.Module, held: Mapping[int, Mapping[str, Any]], *, whole: bool) -> StreamSetup:
     parameters = [item.parameter for item in stream.parameters]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = {id(held[id(p)]): held[id(p)] for p in parameters if id(p) in held}.values()
@@ -121,6 +123,7 @@ def _of_stream(stream: Stream, model: nn.Module, held: Mapping[int, Mapping[str,
         decays=_known(group.get("weight_decay") for group in groups),
         scale=scale,
         zeros=zeros,
+        whole=whole,
         norm=has_norm(modules),
         visible=bool(stream.roots),
         low_precision=any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in trained),

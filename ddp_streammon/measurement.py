@@ -118,9 +118,15 @@ class GradientMeter:
 
     @property
     def replicated(self) -> bool:
-        """Whether every rank holds the whole model."""
+        """Whether several ranks hold the same part of anything."""
+        return any(len(held) > 1 for family in self._families for held in family.sets)
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """The streams that every rank holds as wholes."""
         ranks = tuple(range(self._collective.topology.world_size))
-        return all(family.sets == (ranks,) for family in self._families)
+        cut = {family.stream for family in self._families if family.sets != (ranks,)}
+        return frozenset(name for number, name in enumerate(self._streams.names) if number not in cut)
 
     def summed_later(self) -> tuple[tuple[Linear, ...], str]:
         """The parameters of this rank that have gradients still to be summed, now or earlier; and why they cannot be

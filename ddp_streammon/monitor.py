@@ -47,11 +47,11 @@ from ddp_streammon.history import History
 from ddp_streammon.measurement import GradientMeter
 from ddp_streammon.plan import Measurement
 from ddp_streammon.report import Outcome, Report, RunInfo, Sink, summary_text
-from ddp_streammon.rules import evaluated, evidence, exact, guide, own_gradients, ranks
+from ddp_streammon.rules import evaluated, evidence, guide
 from ddp_streammon.rules.engine import Engine, Preflight
 from ddp_streammon.rules.finding import Finding, StreamSettings
 from ddp_streammon.sinks import FanOut, WandbSink, active_wandb_run
-from ddp_streammon.stats import Figures, ScalarLike, StepStats, Total
+from ddp_streammon.stats import Figures, ScalarLike, Total
 from ddp_streammon.steps import Steps
 from ddp_streammon.streams import StreamLike, StreamSet, unwrap
 from ddp_streammon.weights import weight_figures
@@ -104,7 +104,6 @@ class StreamMonitor(Joinable):
         self.model = model
         self._optimizers = _optimizers(model, optimizer)
         self.streams = StreamSet.resolve(model, streams, self._optimizers)
-        self._parameter_names = tuple(item.name for stream in self.streams.streams for item in stream.parameters)
         self.history = History(self.config.history_limit)
         self.epoch: float | None = None
         self._collective = Collective(group)
@@ -119,14 +118,10 @@ class StreamMonitor(Joinable):
             every=self.config.every,
             peers=model_peers,
         )
-        self._engine = self._make_engine() if self.config.rules is RuleSet.evidence else None
-        self._pace = ranks.Pace()
+        self._engine = self._make_engine()
         self._noise: deque[dict[str, noise.NoiseStep]] = deque(maxlen=noise.WINDOW)
-        self._own_gradients = own_gradients.OwnGradients(shared_data=self._collective.topology.model_peers > 1)
-        self._replicas: list[Finding] = []
         self._hooks = [o.register_step_post_hook(lambda *_: self._steps.gradients_are_used()) for o in self._optimizers]
         self._steps = Steps(self.streams, self._meter, self._collective, self.config)
-        self._standing: list[Finding] = []
         self._claimed: dict[str, list[Finding]] = {}
         self._past: dict[str, Past] = {}
         self._pace_of_trials = 0.0
@@ -135,12 +130,11 @@ class StreamMonitor(Joinable):
         self._sink = FanOut(sinks if self._collective.topology.rank == 0 else ())
         sizes = {s.name: sum(item.parameter.numel() for item in s.parameters) for s in self.streams.streams}
         described = {**(run or {}), "monitor": asdict(self.config), "parameters": sizes}
-        if self._engine is not None:
-            described["setup"] = self._engine.setup.to_dict()
+        described["setup"] = self._engine.setup.to_dict()
         self._open(RunInfo(self.streams.user_names, described, self.inventory(), name))
 
     def _make_engine(self) -> Engine:
-        """The evidence rules over rank 0's view of the training. Comm: one all_gather_object."""
+        """The rules over rank 0's view of the training. Comm: one all_gather_object."""
         setup = describe(
             self.streams,
             self.model,
@@ -148,10 +142,17 @@ class StreamMonitor(Joinable):
             world=self._collective.topology.world_size,
             data_ranks=self._collective.topology.data_size,
             replicated=self._meter.replicated,
+            whole=self._meter.whole,
         )
         setup, intent = self._collective.gather((setup, self.config.intent))[0]
-        rules = (*evidence.RULES, *self.config.extra_rules)
-        return Engine(rules, setup, intent, mute=self.config.mute, thresholds=self.config.thresholds)
+        return Engine(
+            (*evidence.RULES, *self.config.extra_rules),
+            setup,
+            intent,
+            mute=(*self.config.mute, *evidence.quiet(self.config.rules)),
+            thresholds=self.config.thresholds,
+            parameters=[item.name for stream in self.streams.streams for item in stream.parameters],
+        )
 
     def _open(self, run: RunInfo) -> None:
         """Open the sinks; what goes wrong on rank 0 is raised on every rank, or the others would wait for it."""
@@ -294,8 +295,7 @@ class StreamMonitor(Joinable):
         self._pace_of_trials = found.seconds / max(found.tried, 1)
         if found.look is not None:
             self._claimed[split] = evaluated.findings(found, self.calls)
-            if self._engine is not None:
-                self._engine.claim(claim for claims in self._claimed.values() for claim in claims)
+            self._engine.claim(claim for claims in self._claimed.values() for claim in claims)
         self._record_epoch(found)
         return found
 
@@ -424,17 +424,16 @@ class StreamMonitor(Joinable):
     def get_recommendations(self) -> list[Finding]:
         """What stands now, as sentences with fields (`finding.rule`, `.severity`, `.stream`, `.evidence`, `.action`).
 
-        The evidence rules' findings and an evaluation's claims from raised to cleared, reasons before consequences;
-        where there is none, how many rules looked and which could not. With another rule set the exact findings of the
-        last measured step, the claims of the last look, then the set's own. Equal on every rank. Comm: none."""
-        advice: list[Finding] = []
-        if self._engine is not None:
-            return self._engine.findings or [self._engine.nothing_found()]
-        if self.config.rules is RuleSet.guide:
-            advice = guide.recommend(
-                self.history, self.streams.user_names, self._settings(), severity=self.config.rule_severity
-            )
-        return [*self._standing, *(claim for claims in self._claimed.values() for claim in claims), *advice]
+        The rules' findings and an evaluation's claims from raised to cleared, reasons before consequences; of the
+        evidence rules, where there is none, how many looked and which could not; then the guide's own sentences.
+        Equal on every rank. Comm: none."""
+        findings = self._engine.findings
+        if self.config.rules is RuleSet.evidence:
+            return findings or [self._engine.nothing_found()]
+        if self.config.rules is RuleSet.off:
+            return findings
+        severity = self.config.rule_severity
+        return findings + guide.recommend(self.history, self.streams.user_names, self._settings(), severity=severity)
 
     def preflight(self) -> Preflight:
         """What does not train, after the first steps (50, say): frozen, absent from the optimizer, at learning rate 0,
@@ -443,7 +442,7 @@ class StreamMonitor(Joinable):
 
         Errors: ValueError with another rule set than `evidence`.
         """
-        if self._engine is None:
+        if self.config.rules is not RuleSet.evidence:
             raise ValueError(f"a preflight needs rules=evidence, the monitor has rules={self.config.rules.value}")
         self.flush()
         return self._engine.preflight()
@@ -453,8 +452,7 @@ class StreamMonitor(Joinable):
 
         To be called alike on every rank. Errors: KeyError for a stream that is not there. Comm: none."""
         names = [self.streams[name].name for name in streams]
-        if self._engine is not None:
-            self._engine.declare_frozen(names)
+        self._engine.declare_frozen(names)
 
     def noise_scale(self) -> dict[str, noise.NoiseScale]:
         """Each stream's gradient noise scale in samples, over the last `noise.WINDOW` measured steps that arrived: from
@@ -484,12 +482,11 @@ class StreamMonitor(Joinable):
             "calls": self.calls,
             "epoch": self.epoch,
             "history": self.history.state_dict(),
-            "standing": [finding.to_dict() for finding in self._standing],
             "findings": {key: finding.to_dict() for key, finding in self._findings.items()},
             "replicas": self._meter.proof(),
             "claimed": {split: [finding.to_dict() for finding in own] for split, own in self._claimed.items()},
             "evaluations": {split: asdict(past) for split, past in self._past.items()},
-            "rules": None if self._engine is None else self._engine.state_dict(),
+            "rules": self._engine.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -499,9 +496,8 @@ class StreamMonitor(Joinable):
         self.epoch = state["epoch"]
         self._meter.trust(state["replicas"])
         self.history.load_state_dict(state["history"])
-        if self._engine is not None and state.get("rules") is not None:
+        if state.get("rules") is not None:
             self._engine.load_state_dict(state["rules"])
-        self._standing = [Finding.from_dict(finding) for finding in state["standing"]]
         self._findings = {key: Finding.from_dict(finding) for key, finding in state["findings"].items()}
         self._claimed = {split: [Finding.from_dict(one) for one in own] for split, own in state["claimed"].items()}
         self._past = {split: Past(**past) for split, past in state["evaluations"].items()}
@@ -556,26 +552,12 @@ class StreamMonitor(Joinable):
         step = pending.read()
         if pending.shadow:
             self.epoch = step.epoch
-        if pending.audit:
-            self._replicas = ranks.replicas(step)
         self._noise.append(noise.steps_of(step))
         values = step.values()
         self.history.append(step.step, step.epoch, values)
-        self._standing = self._engine.take(step) if self._engine is not None else self._of_step(step)
-        self._remember(self._standing)
-        self._sink.write(Report("step", step.step, step.epoch, values, tuple(self._standing), step))
-
-    def _of_step(self, step: StepStats) -> list[Finding]:
-        """What is said of a step without the evidence rules."""
-        without = [name for name, stream in step.streams.items() if not stream.elements]
-        frozen = [n for n in without if not any(p.parameter.requires_grad for p in self.streams[n].parameters)]
-        return [
-            *exact.check(step, frozen, self._parameter_names),
-            *ranks.settings(step),
-            *self._pace.check(step),
-            *self._own_gradients.check(step),
-            *self._replicas,
-        ]
+        standing = self._engine.take(step)
+        self._remember(standing)
+        self._sink.write(Report("step", step.step, step.epoch, values, tuple(standing), step))
 
     def _record_epoch(self, values: Mapping[str, float]) -> None:
         self.flush()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from ddp_streammon import keys
-from ddp_streammon.rules import evaluated, evidence, exact, guide
+from ddp_streammon.rules import evaluated, evidence, guide
 from ddp_streammon.rules.engine import Rule
 
 WIDTH = 118
@@ -213,9 +213,8 @@ def rule_lines(wanted: Sequence[str] = ()) -> Iterator[str]:
             yield from _wrapped(what)
             yield from _wrapped("No threshold to set: margins and levels are those of ddp_streammon.evaluation.claims.")
     if not wanted:
-        yield "\nwith rules=off or rules=guide, of single steps:"
-        yield from _wrapped(inspect.cleandoc(exact.check.__doc__ or "").split("\n\n", 1)[1].replace("\n", " "))
-        yield "\nwith rules=guide (severity info, or rule_severity):"
+        yield f"\nwith rules=guide and rules=off of these alone: {', '.join(evidence.PLAIN)}"
+        yield "\nwith rules=guide (severity info, or rule_severity) also:"
         yield from (f"    {line}" for line in _table(guide.__doc__ or ""))
 
 

@@ -70,14 +70,12 @@ def _evidence(
     thresholds: Mapping[str, float],
     extra: Sequence[Rule],
 ) -> Iterator[Event | str]:
-    setup = described["config"].get("setup")
-    if setup is None:
+    if described["config"]["monitor"]["rules"] != RuleSet.evidence.value:
         raise ValueError("the run was recorded without rules=evidence: what these rules look at was not measured")
     intent = all_floats(described["config"]["monitor"]["intent"])
     whole: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in intent.items()}
-    engine = Engine(
-        (*evidence.RULES, *extra), Setup.from_dict(all_floats(setup)), Intent(**whole), mute=mute, thresholds=thresholds
-    )
+    setup = Setup.from_dict(all_floats(described["config"]["setup"]))
+    engine = Engine((*evidence.RULES, *extra), setup, Intent(**whole), mute=mute, thresholds=thresholds)
     stood: dict[tuple[str, str | None, int | None], Finding] = {}
     for record in records:
         if "measured" in record:

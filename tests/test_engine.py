@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import pytest
 
 from ddp_streammon import MonitorConfig, StreamMonitor
 from ddp_streammon.config import Intent, Severity
+from ddp_streammon.ranks import LocalNorms
 from ddp_streammon.rules import evidence
 from ddp_streammon.rules.engine import Engine, Kind, Rule, Signal
 from ddp_streammon.rules.finding import SCHEMA, Finding
 from ddp_streammon.rules.view import View
 from tests.networks import network
 from tests.ranks import run_ranks
-from tests.steps import said, setup, step
+from tests.steps import INPUT, SAMPLE, STREAMS, said, setup, step
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,73 @@ def test_mute_and_thresholds() -> None:
         told([1], Loud(), thresholds={"LOUD.least": 1.0})
     with pytest.raises(ValueError, match="two rules have the id 'LOUD'"):
         told([1], Loud(), Loud())
+
+
+@dataclass(frozen=True)
+class Broken(Rule):
+    id: ClassVar[str] = "BROKEN"
+
+    def check(self, view: View) -> Iterator[Signal]:
+        yield Signal(strength=3 / (3 - view.now.step))
+
+
+def test_a_rule_that_fails_is_left_out_and_ends_nothing() -> None:
+    engine = Engine((Broken(), Loud()), setup(), Intent())
+    for number in (1, 2):
+        assert "BROKEN" in {finding.rule for finding in engine.take(step(number))}
+    with pytest.warns(UserWarning, match="rule BROKEN is left out from now on: it failed at step 3: ZeroDivisionError"):
+        engine.take(step(3))
+    engine.take(step(4, loss=20))
+    assert engine.not_evaluated() == {"BROKEN": "it failed at step 3: ZeroDivisionError: division by zero"}
+
+
+def anything(chance: random.Random, usual: float) -> float:
+    """A number that a packet can carry, one in four an extreme one."""
+    extremes = (0.0, math.nan, 1e-300, 1e-30, 1e30, 1e300)
+    return chance.choice(extremes) if chance.random() < 0.25 else usual * math.exp(chance.gauss(0, 2))
+
+
+def changed(chance: random.Random, healthy: Any, **others: Any) -> dict[str, Any]:
+    """Every number of a dataclass."""
+    numbers = {item.name: getattr(healthy, item.name) for item in fields(healthy)}
+    floats = {name: anything(chance, value or 1.0) for name, value in numbers.items() if isinstance(value, float)}
+    return floats | {name: value(chance) for name, value in others.items()}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_numbers_make_a_rule_fail(seed: int, recwarn: pytest.WarningsRecorder) -> None:
+    chance = random.Random(seed)
+    ranks = chance.choice((1, 2, 3, 4))
+    rates = chance.choice(({}, {"fou": 0.0}, {"fou": 0.05, "pix": 0.05}))
+    engine = Engine(evidence.RULES, setup(ranks), Intent(frozen=(), classes=10, lr=rates, weight_decay=rates))
+    usual = step(1, ranks)
+    for number in range(1, 100):
+        if number == 1 or chance.random() < 0.3:  # what lasts reaches the windows
+            facts, detail = usual.rank_facts[0], usual.rank_facts[0].detail
+            three = {"base_lr": 0.05, "weights": 1.0, "moved": 0.05}
+            changes: dict[str, Any] = {
+                "loss": anything(chance, 1.0),
+                "streams": {
+                    name: changed(
+                        chance, of, elements=lambda c: c.choice((0, 100)), nonfinite=lambda c: c.choice((0, 0, 3))
+                    )
+                    for name, of in usual.streams.items()
+                },
+                "samples": {name: changed(chance, SAMPLE) for name in usual.streams},
+                "facts": {r: changed(chance, facts, lr=triple(0.05), weight_decay=triple(1e-4)) for r in range(ranks)},
+                "details": {
+                    r: changed(chance, detail, **{n: triple(v) for n, v in three.items()}) for r in range(ranks)
+                },
+                "inputs": {(name, r): changed(chance, INPUT) for name in STREAMS for r in range(ranks)},
+                "scaled": chance.random() < 0.1,
+                "local": tuple(LocalNorms(r, triple(0.5)(chance), (0, 0, 0), None) for r in range(ranks)),
+            }
+        engine.take(step(number, ranks, **changes))
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def triple(usual: float) -> Callable[[random.Random], tuple[float, ...]]:
+    return lambda chance: tuple(anything(chance, usual) for _ in range(3))
 
 
 def test_where_nothing_is_found_it_says_how_many_rules_looked_and_which_could_not() -> None:

@@ -115,7 +115,7 @@ def test_all_rules_and_nothing_else_is_printed_by_default(capsys: pytest.Capture
     heads = re.findall(r"^([A-Z0-9]+)  \w+, \w+", printed, re.M)
     assert heads == [*(rule.id for rule in evidence.RULES), *evaluated.SAYS]
     assert set(re.findall(r"S-\w\w", guide.__doc__ or "")) <= set(re.findall(r"S-\w\w", printed))
-    assert "NF (error): a gradient" in printed
+    assert "with rules=guide and rules=off of these alone: NF, DET, DEAD, LR, " in printed
     assert max(map(len, printed.splitlines())) <= 120
 
 

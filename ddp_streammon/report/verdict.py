@@ -39,7 +39,7 @@ def verdict(story: Story) -> Verdict:
 
 def _clear(story: Story) -> str:
     """That nothing was found, in the rules' own words where they were recorded."""
-    return story.all_clear or f"no alarm from the rule set {_rule_set(story)!r} and the exact checks"
+    return story.all_clear or f"no alarm from the rule set {_rule_set(story)!r} and the plain checks"
 
 
 def _rule_set(story: Story) -> str:

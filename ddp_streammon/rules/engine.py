@@ -8,6 +8,7 @@ floats. A rule set of one's own is `default + yours`: see `Rule`.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -163,17 +164,22 @@ class Engine:
         *,
         mute: Iterable[str] = (),
         thresholds: Mapping[str, float] | None = None,
+        parameters: Sequence[str] = (),
     ) -> None:
-        """Errors: ValueError for an id that is not there or twice, and for a threshold that a rule does not have."""
+        """`parameters`: the names of all, in the order of their numbers; without them numbers are told. Errors:
+        ValueError for an id that is not there or twice, and for a threshold that a rule does not have."""
         self.rules = adjusted(rules, tuple(mute), thresholds or {})
         self.setup = setup
         self._intent = intent
+        self._parameters = tuple(parameters)
         self._window = Window()
         self._memory = Memory()
         self._runs: dict[_Key, _Run] = {}
         self._standing: list[Finding] | None = []
         """`findings`, as long as nothing is raised or cleared."""
         self._evaluated: set[str] = set()
+        self._failed: dict[str, str] = {}
+        """Rules that have raised an error, and which; they are not asked again."""
         self._cleared: dict[_Key, int] = {}
         """Alarms that are over -> measured steps by then."""
         self._by_id = {rule.id: rule for rule in self.rules}
@@ -183,7 +189,7 @@ class Engine:
     @property
     def view(self) -> View | None:
         """What rules see now; None before the first step."""
-        return View(self._window, self._memory, self.setup, self._intent) if self._window.steps else None
+        return self._see() if self._window.steps else None
 
     @property
     def findings(self) -> list[Finding]:
@@ -199,7 +205,7 @@ class Engine:
         """Take in a measured step; what stands then."""
         self._window.append(stats)
         self._memory.take(stats)
-        view = View(self._window, self._memory, self.setup, self._intent)
+        view = self._see()
         followed: dict[str, list[tuple[str | None, int | None]]] = defaultdict(list)
         for name, stream, rank in self._runs:
             followed[name].append((stream, rank))
@@ -208,8 +214,14 @@ class Engine:
         for rule in self.rules:
             if count % rule.every or count <= rule.warm_up or not unmet.isdisjoint(rule.requires):
                 continue
+            if rule.id in self._failed:
+                continue
+            try:
+                signals = list(rule.check(view))
+            except Exception as error:  # a rule of one's own, too: it must not end the training that it looks at
+                self._fail(rule, view.now.step, error)
+                continue
             self._evaluated.add(rule.id)
-            signals = list(rule.check(view))
             if signals or rule.id in followed:
                 self._follow_all(rule, signals, followed[rule.id], view)
         return self.findings
@@ -243,7 +255,7 @@ class Engine:
             for rule in self.rules
             if rule.id not in self._evaluated
         }
-        return {name: reason or "not enough steps yet" for name, reason in missing.items()}
+        return {name: reason or "not enough steps yet" for name, reason in missing.items()} | self._failed
 
     def nothing_found(self) -> Finding:
         """What is said where nothing stands: how many rules looked, and which could not."""
@@ -282,6 +294,8 @@ class Engine:
         """Go on from a `state_dict`; with another number of ranks what is known of single ranks is forgotten."""
         same = state["world"] == self.setup.world
         self._memory = Memory.of_state(state["memory"])
+        if not same:
+            self._memory.audit = []
         self._window.clear()
         self._standing = None
         self._evaluated = set(state["evaluated"])
@@ -293,12 +307,21 @@ class Engine:
             if same or rank is None:
                 self._runs[rule, stream, rank] = _Run(run["held"], run["longest"], run["quiet"], finding, run["began"])
 
+    def _fail(self, rule: Rule, step: int, error: Exception) -> None:
+        reason = f"it failed at step {step}: {type(error).__name__}: {error}"
+        self._failed[rule.id] = reason
+        warnings.warn(f"rule {rule.id} is left out from now on: {reason}", stacklevel=2)
+
+    def _see(self) -> View:
+        return View(self._window, self._memory, self.setup, self._intent, self._parameters)
+
     def _follow_all(
         self, rule: Rule, found: Sequence[Signal], known: Sequence[tuple[str | None, int | None]], view: View
     ) -> None:
         """`known`: the streams and ranks of which a run of this rule is kept."""
         signals = {(signal.stream, signal.rank): signal for signal in found}
-        heard = {rank.rank for rank in view.now.rank_facts}
+        steps = view.steps if rule.every > 1 else [view.now]  # windows hold other turns' ranks, too
+        heard = {facts.rank for step in steps for facts in step.rank_facts}
         for stream, rank in dict.fromkeys((*signals, *known)):
             if rank is not None and rank not in heard and (stream, rank) not in signals:
                 continue  # not its turn: nothing is known of it

@@ -6,7 +6,7 @@
 | configuration | FRZ, OPT, RATE, LR0, DECAY, INIT |
 | exact | DET, DEAD, UNC, ZGR, EVAL, NEG, LR, MODE, BATCH, SYNC, DESYNC, LRJ, LRS |
 | input | INZ, INC, INN, INR, SAME, ORDER |
-| windowed | WGR, LRH, DIV, VAN, CLP, LRL, WSH, UPD, IMB, STL, BF16, LOSS, OUTLIER, SLOW |
+| windowed | WGR, LRH, DIV, VAN, CLP, LRL, WSH, UPD, IMB, STL, BF16, LOSS, SLOW, OUTLIER |
 | evaluated | what `evaluation.claims` says, told by `rules.evaluated` |
 
 Each rule's class says when it fires, where its numbers come from, and what is legal. They are evaluated in this order,
@@ -17,10 +17,22 @@ planted faults and healthy controls and counts what is found, and said for nothi
 
 from __future__ import annotations
 
-from ddp_streammon.rules import of_inputs, of_ranks, of_training, of_windows
+from ddp_streammon.config import RuleSet
+from ddp_streammon.rules import of_inputs, of_own_gradients, of_ranks, of_training, of_windows
 from ddp_streammon.rules.engine import Rule
 
 RULES: tuple[Rule, ...] = tuple(
-    sorted((*of_training.RULES, *of_ranks.RULES, *of_inputs.RULES, *of_windows.RULES), key=lambda rule: rule.kind.order)
+    sorted(
+        (*of_training.RULES, *of_ranks.RULES, *of_own_gradients.RULES, *of_inputs.RULES, *of_windows.RULES),
+        key=lambda rule: rule.kind.order,
+    )
 )
 """All of them, with their own thresholds."""
+PLAIN = ("NF", "DET", "DEAD", "LR", "MODE", "BATCH", "SYNC", "DESYNC", "SAME", "OUTLIER", "SLOW")
+"""Those that a step's plain figures are enough for: the only ones with `rules=guide` and `rules=off`, where nothing is
+measured for rules."""
+
+
+def quiet(rules: RuleSet) -> tuple[str, ...]:
+    """The ids of the evidence rules that a rule set leaves out."""
+    return () if rules is RuleSet.evidence else tuple(rule.id for rule in RULES if rule.id not in PLAIN)

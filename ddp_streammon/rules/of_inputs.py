@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from abc import abstractmethod
@@ -11,11 +12,14 @@ from typing import ClassVar
 
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
-from ddp_streammon.ranks import RankFacts, StreamInput
+from ddp_streammon.ranks import LocalNorms, RankFacts, StreamInput
 from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
 from ddp_streammon.rules.of_training import few, single
 from ddp_streammon.rules.view import View
 from ddp_streammon.stats import StepStats
+
+ROUNDING = 1e-6
+"""Relative difference of two norms of the same float32 gradients, summed in another order."""
 
 
 @dataclass(frozen=True)
@@ -164,45 +168,50 @@ class OtherScale(Rule):
     """In standard deviations of the others' inputs: a choice."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        for stream in view.streams:
-            number = view.number(stream)
-            given = _given(view.steps[-self.WINDOW :], number)
-            sizes, means = {}, {}
-            for rank in view.inputs(stream):
-                rms = list(filter(math.isfinite, (math.hypot(of.mean, of.std) for of in given[rank])))
-                if len(rms) >= self.WINDOW // 2 and (size := statistics.median(rms)) > 0:
-                    sizes[rank] = size
-                    means[rank] = statistics.median(filter(math.isfinite, (of.mean for of in given[rank])))
-            if len(sizes) < 2:
-                continue
-            odd, strength = self._odd(sizes, means)
-            if strength < QUIET:
-                continue
-            told = ", ".join(f"{size:.3g} on rank {at}" for at, size in list(sizes.items())[:4])
-            yield Signal(
-                stream,
-                odd,
-                f"{stream}: its inputs differ between ranks: root mean square {told}",
-                likely=f"the shard of {few([odd]) if odd is not None else 'one of them'} was written or normalised "
-                "differently",
-                do=f"compare the {stream} records of {few(list(sizes)[:2])}"
-                if odd is None
-                else f"look at the {stream} records of rank {odd}",
-                confirm="the root mean squares agree",
-                strength=strength,
-                evidence={f"rank {at}": size for at, size in list(sizes.items())[:16]},
-            )
+        for steps in view.turns(self.WINDOW):
+            for stream in view.streams:
+                yield from self._among(stream, _given(steps, view.number(stream)))
+
+    def _among(self, stream: str, given: Mapping[int, Sequence[StreamInput]]) -> Iterator[Signal]:
+        """Of ranks that are heard together."""
+        sizes, means = {}, {}
+        for rank, inputs in given.items():
+            rms = list(filter(math.isfinite, (math.hypot(of.mean, of.std) for of in inputs)))
+            if len(rms) >= self.WINDOW // 2 and (size := statistics.median(rms)) > 0:
+                sizes[rank] = size
+                means[rank] = statistics.median(filter(math.isfinite, (of.mean for of in inputs)))
+        if len(sizes) < 2:
+            return
+        odd, strength = self._odd(sizes, means)
+        if strength < QUIET:
+            return
+        told = ", ".join(f"{size:.3g} on rank {at}" for at, size in list(sizes.items())[:4])
+        yield Signal(
+            stream,
+            odd,
+            f"{stream}: its inputs differ between ranks: root mean square {told}",
+            likely=f"the shard of {few([odd]) if odd is not None else 'one of them'} was written or normalised "
+            "differently",
+            do=f"compare the {stream} records of {few(list(sizes)[:2])}"
+            if odd is None
+            else f"look at the {stream} records of rank {odd}",
+            confirm="the root mean squares agree",
+            strength=strength,
+            evidence={f"rank {at}": size for at, size in list(sizes.items())[:16]},
+        )
 
     def _odd(self, sizes: Mapping[int, float], means: Mapping[int, float]) -> tuple[int | None, float]:
         """The rank that stands apart, and how far in thresholds."""
         usual, middle = of_others(sizes), of_others(means)
         found = []
         for rank, size in sizes.items():
-            apart = abs(math.log(size / usual[rank])) / math.log(self.factor)
+            apart = abs(math.log(size) - math.log(usual[rank])) / math.log(self.factor)
             found.append((max(apart, abs(means[rank] - middle[rank]) / usual[rank] / self.shift), rank))
         strength, rank = max(found)
         if len(sizes) > 2:
-            return rank, strength
+            rest = [mean for at, mean in means.items() if at != rank]
+            agree = max(rest) - min(rest) < self.shift * usual[rank]
+            return alone(rank, sizes, self.factor) if agree else None, strength
         far = {at: max(abs(math.log(size)), abs(means[at])) for at, size in sizes.items()}
         near, most = sorted(far, key=far.__getitem__)
         return (most if far[most] > far[near] + math.log(self.factor) / 2 else None), strength
@@ -221,8 +230,9 @@ def _given(steps: Iterable[StepStats], number: int) -> dict[int, list[StreamInpu
 @dataclass(frozen=True)
 class SameBatch(Rule):
     """SAME: ranks are fed the same batches: samples of all streams' inputs agree bit for bit, `hold` measured steps in
-    a row, while batches change from step to step. Without inputs to be seen, the ranks' losses have to. No threshold;
-    ranks that share a batch on purpose (tensor parallel) are not compared."""
+    a row, while batches change from step to step. Where a stream's inputs cannot be seen, the ranks' losses have to,
+    too; without these, the norms of their own gradients in every stream. No threshold; ranks that share a batch on
+    purpose (tensor parallel) are not compared."""
 
     id: ClassVar[str] = "SAME"
     severity: ClassVar[Severity] = Severity.error
@@ -234,16 +244,18 @@ class SameBatch(Rule):
     """A choice: chance does not do it once."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        by_batch: dict[tuple[bool, float], list[int]] = {}
+        by_batch: dict[tuple[float, float], list[int]] = {}
         for rank, detail in view.details.items():
-            figure = detail.loss if math.isnan(detail.batch) else detail.batch
-            if not math.isnan(figure):
-                by_batch.setdefault((math.isnan(detail.batch), figure), []).append(rank)
-        same = [rank for ranks in by_batch.values() if len(ranks) > 1 for rank in ranks]
-        if not same:
-            return
-        batches = view.of_ranks(_batch, self.hold)
-        alike = [rank for rank in same if self._change(batches.get(rank, []))]
+            seen = all(detail.inputs[view.number(stream)].calls > 0 for stream in view.streams)
+            figures = (0.0 if math.isnan(detail.batch) else detail.batch, 0.0 if seen else detail.loss)
+            if not math.isnan(figures[1]):
+                by_batch.setdefault(figures, []).append(rank)
+        if by_batch:
+            same = [rank for ranks in by_batch.values() if len(ranks) > 1 for rank in ranks]
+            batches = view.of_ranks(_batch, self.hold) if same else {}
+            alike = [rank for rank in same if self._change(batches.get(rank, []))]
+        else:
+            alike = _of_one_norm(view.now.local)
         if alike:
             yield Signal(
                 seen=f"{few(sorted(alike))} are fed the same batches",
@@ -255,6 +267,18 @@ class SameBatch(Rule):
 
     def _change(self, batches: Sequence[float]) -> bool:
         return len(batches) < 2 or len(set(batches)) == len(batches)
+
+
+def _of_one_norm(local: Sequence[LocalNorms]) -> list[int]:
+    """Ranks whose own gradients have the norms of another's in every stream; sorted by them, these are neighbours."""
+    told = [of for of in local if all(map(math.isfinite, of.norms)) and any(of.norms)]
+    pairs = itertools.pairwise(sorted(told, key=lambda of: of.norms))
+    alike = [(a.rank, b.rank) for a, b in pairs if all(map(_equal, a.norms, b.norms))]
+    return sorted({rank for pair in alike for rank in pair})
+
+
+def _equal(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=ROUNDING)
 
 
 def _batch(facts: RankFacts) -> float:
@@ -290,8 +314,14 @@ class SameOrder(Rule):
 def odd_one(values: Mapping[int, float]) -> tuple[int, float]:
     """The rank farthest from the median of the others, in powers of e; of two, the larger one. Values are positive."""
     others = of_others(values)
-    apart, _, rank = max((abs(math.log(value / others[rank])), value, rank) for rank, value in values.items())
+    apart, _, rank = max((abs(math.log(value) - math.log(others[rank])), value, rank) for rank, value in values.items())
     return rank, apart
+
+
+def alone(rank: int, values: Mapping[int, float], factor: float) -> int | None:
+    """The rank, if the others agree up to a factor without it; None where no single rank stands apart."""
+    rest = [value for at, value in values.items() if at != rank]
+    return rank if max(rest) < factor * min(rest) else None
 
 
 def of_others(values: Mapping[int, float]) -> dict[int, float]:

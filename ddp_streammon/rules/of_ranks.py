@@ -1,11 +1,11 @@
 """Rules about ranks, as the engine evaluates them: settings, modes and batches that differ, replicas that are not
-equal, and a rank that stands apart by its loss, its own gradient, or its pace."""
+equal, and a rank that stands apart by its loss or its pace."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,12 +14,13 @@ from ddp_streammon.config import Severity
 from ddp_streammon.ranks import RankFacts, outvoted
 from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
 from ddp_streammon.rules.finding import Action
-from ddp_streammon.rules.of_inputs import odd_one
+from ddp_streammon.rules.of_inputs import alone, odd_one
 from ddp_streammon.rules.of_training import few, single
-from ddp_streammon.rules.own_gradients import FACTOR, outlier
-from ddp_streammon.rules.own_gradients import factor as times
 from ddp_streammon.rules.view import WINDOW, View
+from ddp_streammon.stats import StepStats
 
+FAR = 100.0
+"""In powers of e: as good as infinite."""
 BOTH = "with two ranks no vote says which is wrong"
 
 
@@ -33,6 +34,11 @@ def _told(values: Mapping[int, float]) -> str:
     for rank, value in values.items():
         by_value.setdefault(value, []).append(rank)
     return ", ".join(f"{value:g} on {few(ranks)}" for value, ranks in by_value.items())
+
+
+def rounded(values: Mapping[int, float]) -> dict[int, float]:
+    """To three digits, so that ranks that agree are told together."""
+    return {rank: float(f"{value:.3g}") for rank, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class OtherSettings(Rule):
                     rank = self._undeclared(view, number, setting)
                 if rank is None and len(values) == 2 and setting == keys.LEARNING_RATE:
                     rank = self._odd(view, number, values)
+                rank = rank if rank in values else None
                 right = next(
                     (value for at, value in values.items() if at not in ([rank] if rank is not None else out)), None
                 )
@@ -87,7 +94,8 @@ class OtherSettings(Rule):
         others = []
         for facts in view.now.rank_facts:
             base = facts.lr[number] if facts.detail is None else facts.detail.base_lr[number]
-            if not math.isclose(base if rates else facts.weight_decay[number], meant, rel_tol=1e-6):
+            value = base if rates else facts.weight_decay[number]
+            if not math.isnan(value) and not math.isclose(value, meant, rel_tol=1e-6):
                 others.append(facts.rank)
         return single(others)
 
@@ -96,10 +104,9 @@ class OtherSettings(Rule):
         names = list(view.now.streams)
         spread = {}
         for facts in view.now.rank_facts:
-            rates = [
-                rate / view.intent.lr.get(name, 1.0) for name, rate in zip(names, facts.lr, strict=True) if rate > 0
-            ]
-            own = facts.lr[number] / view.intent.lr.get(names[number], 1.0)
+            scales = [view.intent.lr.get(name) or 1.0 for name in names]
+            rates = [rate / scale for rate, scale in zip(facts.lr, scales, strict=True) if rate > 0]
+            own = facts.lr[number] / scales[number]
             spread[facts.rank] = sum(not math.isclose(own, rate, rel_tol=1e-6) for rate in rates)
         near, far = sorted(values, key=lambda rank: spread[rank])
         return far if spread[far] > spread[near] else None
@@ -152,18 +159,20 @@ class Uneven(Rule):
         samples = {rank: n for rank, n in _known(view, lambda facts: facts.samples).items() if n > 0}
         if len(set(samples.values())) < 2:
             return
-        rank, apart = odd_one(samples)
+        odd, apart = odd_one(samples)
         if len(samples) == 2:
-            rank = min(samples, key=samples.__getitem__)
-        if apart >= math.log(self.factor):
+            odd = min(samples, key=samples.__getitem__)
+        rank = alone(odd, samples, self.factor)
+        over = apart - math.log(self.factor) + 1e-9  # a ratio of exactly the factor counts
+        if over >= 0:
             yield Signal(
                 None,
                 rank,
                 f"batches differ in size between ranks: {_told(samples)} samples",
-                likely=f"the shard of rank {rank} is cut differently",
+                likely=f"the shard of {'some ranks' if rank is None else few([rank])} is cut differently",
                 do="give every rank as many items, or weigh the loss by samples / mean samples",
                 confirm="this line clears",
-                strength=math.exp(apart) / self.factor,
+                strength=math.exp(min(over, FAR)),
                 evidence={f"rank {at}": n for at, n in list(samples.items())[:16]} | {"threshold": self.factor},
             )
 
@@ -179,9 +188,9 @@ class NotSynchronised(Rule):
     preflight: ClassVar[bool] = True
 
     def check(self, view: View) -> Iterator[Signal]:
-        audit = next((step for step in reversed(view.steps) if step.replicas), None)
-        bad = [of for of in audit.replicas if of.weights and not of.gradients] if audit is not None else []
-        whole = bool(bad) and audit is not None and len(bad) == len(audit.replicas) > 1
+        audit = view.memory.audit
+        bad = [of for of in audit if of.weights and not of.gradients]
+        whole = len(bad) == len(audit) > 1
         for found in bad[:1] if whole else bad:
             stream = None if whole or found.stream == keys.SHARED else found.stream
             yield Signal(
@@ -199,9 +208,10 @@ class NotSynchronised(Rule):
 
 @dataclass(frozen=True)
 class Diverged(Rule):
-    """DESYNC: ranks that should hold the same weights do not: a sample of each stream's, compared bit for bit in every
-    measured step, or all of them at an audit. The majority is right; of two ranks the one whose weights have just
-    jumped (`jump` times its usual step, and the other's not) is named, or none. No threshold otherwise."""
+    """DESYNC: ranks that should hold the same weights do not: a sample of each stream's that all of them hold, compared
+    bit for bit in every measured step, or all of them at an audit; what an audit alone could see stands until the next
+    one. The majority is right; of two ranks the one whose weights have just jumped (`jump` times its usual step, and
+    the other's not) is named, or none. No threshold otherwise."""
 
     id: ClassVar[str] = "DESYNC"
     severity: ClassVar[Severity] = Severity.error
@@ -213,7 +223,7 @@ class Diverged(Rule):
 
     def check(self, view: View) -> Iterator[Signal]:
         prints = {detail.weights for detail in view.details.values()}
-        if len(prints) < 2 and not view.now.replicas:
+        if len(prints) < 2 and not view.now.replicas and not view.memory.unseen:
             return
         found = dict(self._found(view))
         whole = len(found) == len(view.now.streams) > 1
@@ -237,24 +247,38 @@ class Diverged(Rule):
 
     def _found(self, view: View) -> Iterator[tuple[str, list[int]]]:
         for number, stream in enumerate(view.now.streams):
-            prints = {rank: detail.weights[number] for rank, detail in view.details.items()}
+            of_ranks = view.details if view.setup.streams[stream].whole else {}
+            prints = {rank: detail.weights[number] for rank, detail in of_ranks.items()}
             out = outvoted(list(prints), list(prints.values()))
-            audited = {r for of in view.now.replicas if of.stream == stream and not of.weights for r in of.ranks}
+            told = view.memory.audit if view.now.replicas or stream in view.memory.unseen else []
+            audited = {rank for of in told if of.stream == stream and not of.weights for rank in of.ranks}
             if out or audited:
                 yield stream, sorted(out or audited)
 
     def _jumped(self, view: View, stream: str, ranks: Sequence[int]) -> int | None:
         number = view.number(stream)
-        peaks = {}
+        peaks, usual = {}, {}
         for rank in ranks:
             moves = view.of_rank(rank, lambda facts: _moved(facts, number), WINDOW)
-            peaks[rank] = max(moves[5:], default=0.0) / statistics.median(moves) if moves and max(moves) > 0 else 0.0
-        jumped = [rank for rank, peak in peaks.items() if peak > self.jump]
+            peaks[rank] = max(moves[5:], default=0.0)
+            usual[rank] = statistics.median(moves) if moves else 0.0
+        jumped = [rank for rank, peak in peaks.items() if peak > self.jump * usual[rank]]
         return single(jumped)
 
 
 def _moved(facts: RankFacts, number: int) -> float:
     return math.nan if facts.detail is None else facts.detail.moved[number]
+
+
+def by_rank(steps: Iterable[StepStats], figure: Callable[[RankFacts], float]) -> dict[int, dict[int, float]]:
+    """The finite values of a figure by rank and step."""
+    values: dict[int, dict[int, float]] = {}
+    for step in steps:
+        for facts in step.rank_facts:
+            value = figure(facts)
+            if math.isfinite(value):
+                values.setdefault(facts.rank, {})[step.step] = value
+    return values
 
 
 @dataclass(frozen=True)
@@ -277,9 +301,13 @@ class OtherLoss(Rule):
     """A choice, in nats. In other units, half of the loss at the start where that is less."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        said = view.of_ranks(lambda facts: math.nan if facts.detail is None else facts.detail.loss, self.WINDOW)
-        own = {rank: said.get(rank, []) for rank in view.ranks()}
-        losses = {rank: statistics.median(of) for rank, of in own.items() if len(of) >= self.WINDOW // 2}
+        for steps in view.turns(self.WINDOW):
+            yield from self._among(view, steps)
+
+    def _among(self, view: View, steps: Sequence[StepStats]) -> Iterator[Signal]:
+        """Of ranks that are heard together."""
+        own = by_rank(steps, lambda facts: math.nan if facts.detail is None else facts.detail.loss)
+        losses = {rank: statistics.median(of.values()) for rank, of in own.items() if len(of) >= self.WINDOW // 2}
         if len(losses) < 2:
             return
         worst = max(losses, key=losses.__getitem__)
@@ -290,57 +318,19 @@ class OtherLoss(Rule):
         ratio = losses[worst] / usual / self.factor if usual > 0 else math.inf
         if min(over, ratio) < QUIET:
             return
+        rank = alone(worst, losses, self.factor)
+        seen = f"the loss of rank {worst} is {losses[worst]:.3g}, that of the others {usual:.3g}"
         yield Signal(
             None,
-            worst,
-            f"the loss of rank {worst} is {losses[worst]:.3g}, that of the others {usual:.3g}",
-            likely=f"the labels, or the items, of rank {worst}'s shard are others",
+            rank,
+            seen if rank is not None else f"losses differ between ranks: {_told(rounded(losses))}",
+            likely=f"the labels, or the items, of {'some shards' if rank is None else f'the shard of rank {rank}'} are "
+            "others",
             do=f"compare items and labels of rank {worst} with those of another rank",
             confirm="the losses agree",
             strength=min(over, ratio),
             evidence={f"rank {rank}": loss for rank, loss in list(losses.items())[:16]} | {"threshold": self.factor},
         )
-
-
-@dataclass(frozen=True)
-class Outlier(Rule):
-    """OUTLIER: a rank whose own gradient of a stream is the largest, or the smallest, in nearly all of `WINDOW` steps,
-    and far from the others' (rules.own_gradients, where the numbers come from). With two ranks none is named."""
-
-    id: ClassVar[str] = "OUTLIER"
-    kind: ClassVar[Kind] = Kind.windowed
-    requires: ClassVar[tuple[str, ...]] = ("local gradients", "data ranks", "no model peers")
-
-    WINDOW: ClassVar[int] = 40
-    hold: int = 2
-    every: int = 10
-    warm_up: int = 39
-    factor: float = FACTOR
-    """See `rules.own_gradients.FACTOR`: above what equal data give on healthy ranks."""
-
-    def check(self, view: View) -> Iterator[Signal]:
-        ranks = [of.rank for of in view.now.local]
-        steps = [step.local for step in view.steps if [of.rank for of in step.local] == ranks][-self.WINDOW :]
-        if len(steps) < self.WINDOW or len(ranks) < 2:
-            return
-        for number, stream in enumerate(view.now.streams):
-            rows = [[of.norms[number] for of in step] for step in steps]
-            rows = [row for row in rows if all(math.isfinite(norm) and norm > 0 for norm in row)]
-            place = outlier(rows) if rows else None
-            if place is None:
-                continue
-            far = times(rows, place)
-            yield Signal(
-                None if stream == keys.SHARED else stream,
-                ranks[place] if len(ranks) > 2 else None,
-                f"{stream}: the own gradient of rank {ranks[place]} is {far:.2g} times that of the others, before the "
-                "average",
-                likely=f"the data of rank {ranks[place]} are others" if len(ranks) > 2 else f"other data; {BOTH}",
-                do=f"compare the data of {few(ranks[:2] if len(ranks) == 2 else [ranks[place]])} with another rank's",
-                confirm="their ratio is near 1",
-                strength=abs(math.log(far)) / math.log(self.factor),
-                evidence={"factor": far, "threshold": self.factor},
-            )
 
 
 @dataclass(frozen=True)
@@ -355,6 +345,8 @@ class Slow(Rule):
     explains: ClassVar[bool] = False
 
     WINDOW: ClassVar[int] = 40
+    LEAST: ClassVar[int] = 10
+    """Steps of ranks that are heard in turns, which share the window."""
     hold: int = 3
     every: int = 5
     warm_up: int = 44
@@ -366,22 +358,21 @@ class Slow(Rule):
     """Of a step: a choice, less is not worth a word."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        rows: dict[int, dict[int, float]] = {}
-        lengths = []
-        for step in view.steps[-self.WINDOW :]:
-            for facts in step.rank_facts:
-                if not math.isnan(facts.busy_seconds):
-                    rows.setdefault(facts.rank, {})[step.step] = facts.busy_seconds
-                    lengths.append(facts.step_seconds)
+        for steps in view.turns(self.WINDOW):
+            yield from self._among(steps)
+
+    def _among(self, steps: Sequence[StepStats]) -> Iterator[Signal]:
+        """Of ranks that are heard together."""
+        rows = by_rank(steps, lambda facts: facts.busy_seconds)
         common = sorted(set.intersection(*map(set, rows.values()))) if len(rows) > 1 else []
-        if len(common) < self.WINDOW // 2:
+        if len(common) < self.LEAST:
             return
         busy = {rank: statistics.median(row.values()) for rank, row in rows.items()}
         slowest = max(busy, key=busy.__getitem__)
         others = [row for rank, row in rows.items() if rank != slowest]
         over = sorted(rows[slowest][at] - statistics.median(row[at] for row in others) for at in common)
         usual = statistics.median(seconds for rank, seconds in busy.items() if rank != slowest)
-        length = statistics.median(lengths)
+        length = statistics.median(facts.step_seconds for step in steps for facts in step.rank_facts)
         nearly_always = over[len(over) // 10]
         ratio = busy[slowest] / usual / self.factor if usual > 0 else math.inf
         if nearly_always < QUIET * self.least:
@@ -393,7 +384,7 @@ class Slow(Rule):
             likely="its data loading, its machine, or more work than the others have",
             do=f"look at the loader's workers and the host of rank {slowest}",
             confirm="busy times agree",
-            strength=min(ratio, nearly_always / self.least, nearly_always / (self.share * length)),
+            strength=min(ratio, nearly_always / max(self.least, self.share * length)),
             evidence={f"rank {rank}": seconds for rank, seconds in list(busy.items())[:16]},
         )
 
@@ -405,6 +396,5 @@ RULES: tuple[Rule, ...] = (
     NotSynchronised(),
     Diverged(),
     OtherLoss(),
-    Outlier(),
     Slow(),
 )

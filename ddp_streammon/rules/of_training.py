@@ -42,7 +42,8 @@ def together(view: View, signals: Iterable[Signal], whole: Callable[[], Signal])
 @dataclass(frozen=True)
 class NonFinite(Rule):
     """NF: a number is nan or infinite, in an input, in a rank's own gradient, in its loss, or in the gradient that all
-    ranks see: the first of these that says where it comes from is told. Under a GradScaler non-finite gradients are a
+    ranks see: the first of these that says where it comes from is told, of own gradients with the parameter that the
+    backward pass met first. Under a GradScaler non-finite gradients are a
     skipped step, which is its business; non-finite inputs are not. No threshold."""
 
     id: ClassVar[str] = "NF"
@@ -68,9 +69,11 @@ class NonFinite(Rule):
         ranks = own or list(now.nonfinite_ranks) or list(view.ranks())
         of_origin = {name for rank in origins for name, bad in zip(now.streams, rank.nonfinite, strict=True) if bad}
         streams = [name for name in bad_streams if not of_origin or name in of_origin]
-        stream: str | None = streams[0] if len(streams) == 1 and streams[0] != keys.SHARED else None
-        what = f"gradients of {stream or 'several streams'}" if bad_streams else "a number that was sent"
-        yield self._signal(view, stream, ranks, f"{what}: not finite, on {few(ranks)}")
+        stream = streams[0] if len(streams) == 1 and streams[0] != keys.SHARED else None
+        what = f"gradients of {', '.join(streams)}" if bad_streams else "the loss, or another number given to step"
+        first = next((rank.parameter for rank in origins if rank.parameter is not None), None)
+        where = "" if first is None else f", first in {view.parameter(first)}"
+        yield self._signal(view, stream, ranks, f"{what}: not finite, on {few(ranks)}{where}")
 
     def _signal(self, view: View, stream: str | None, bad: Sequence[int], seen: str) -> Signal:
         whose = None if len(bad) == len(view.now.rank_facts) > 1 else single(bad)

@@ -469,7 +469,7 @@ class WeightsGrow(_Windowed):
         for stream in view.streams:
             weights = view.series(_weight, 40, stream)
             start = view.memory.start_weight.get(stream, math.nan)
-            if len(weights) < 10 or not start > 0 or not weights[0] > 0:
+            if len(weights) < 10 or not min(start, weights[0], weights[len(weights) // 2]) > 0:
                 continue
             growth, whole = weights[-1] / weights[0], weights[-1] / start
             if growth < QUIET * self.factor or whole < QUIET * self.since_start:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from ddp_streammon import keys
 from ddp_streammon.config import Intent
 from ddp_streammon.described import Setup
-from ddp_streammon.ranks import RankFacts, StreamInput
+from ddp_streammon.ranks import RankFacts, Replicas, StreamInput
 from ddp_streammon.stats import Sample, StepStats
 
 T = TypeVar("T")
@@ -62,6 +62,10 @@ class Memory:
     """Of each stream, the steps with a learning rate of zero."""
     batches: dict[float, int] = field(default_factory=dict)
     """Number of a batch of the first rank heard -> the count at which it came last."""
+    audit: list[Replicas] = field(default_factory=list)
+    """What the last audit said."""
+    unseen: list[str] = field(default_factory=list)
+    """Streams of which whole weights, in that audit, were not alike on every rank, and samples were."""
     lag: int = 0
     """How many steps ago the present batch came before."""
     lag_held: int = 0
@@ -96,6 +100,9 @@ class Memory:
                 self.start_grad[name] = self.start_grad.get(name, 0.0) + stream.grad_norm
             if stream.sample is not None and self.count <= START:
                 self.start_weight[name] = stream.sample.weight
+        if stats.replicas:
+            self.audit = list(stats.replicas)
+            self.unseen = [of.stream for of in self.audit if not of.weights and len(_prints(stats, of.stream)) < 2]
         inside = [rank.detail.in_eval for rank in stats.rank_facts if rank.detail is not None]
         self.trained_mode = self.trained_mode or (bool(inside) and max(inside) < 1)
         self._follow_batches(stats)
@@ -110,6 +117,7 @@ class Memory:
         memory = cls()
         for name, value in state.items():
             setattr(memory, name, dict(value) if isinstance(value, Mapping) else value)
+        memory.audit = [Replicas(**{**of, "ranks": tuple(of["ranks"])}) for of in state["audit"]]
         memory.jumps = {name: (int(jump[0]), *map(float, jump[1:])) for name, jump in memory.jumps.items()}  # type: ignore[misc]
         return memory
 
@@ -124,6 +132,12 @@ class Memory:
         if len(self.batches) >= BATCHES:
             self.batches.clear()
         self.batches[batch] = self.count
+
+
+def _prints(stats: StepStats, stream: str) -> set[float]:
+    """The numbers of the ranks' samples of a stream's weights."""
+    number = list(stats.streams).index(stream)
+    return {facts.detail.weights[number] for facts in stats.rank_facts if facts.detail is not None}
 
 
 class Window:
@@ -174,11 +188,14 @@ def _last(items: deque[T], count: int) -> Iterator[T]:
 class View:
     """What a rule sees at one measured step."""
 
-    def __init__(self, window: Window, memory: Memory, setup: Setup, intent: Intent) -> None:
+    def __init__(
+        self, window: Window, memory: Memory, setup: Setup, intent: Intent, parameters: Sequence[str] = ()
+    ) -> None:
         self._window = window
         self.memory = memory
         self.setup = setup
         self.intent = intent
+        self._parameters = parameters
         self.steps = tuple(window.steps)
         """The last `WINDOW` measured ones, the present one last."""
         self.now = self.steps[-1]
@@ -197,6 +214,10 @@ class View:
     def number(self, stream: str) -> int:
         """Its place among all streams."""
         return self._numbers[stream]
+
+    def parameter(self, number: int) -> str:
+        """Its name; its number where names are not known, as in a replay."""
+        return self._parameters[number] if self._parameters else f"parameter {number}"
 
     def sample(self, stream: str) -> Sample | None:
         return self.now.streams[stream].sample
@@ -253,6 +274,15 @@ class View:
                     values.setdefault(facts.rank, []).append(value)
         return values
 
+    def turns(self, count: int) -> list[list[StepStats]]:
+        """The window's steps by the ranks that were heard in them, the last `count` of each: one list, unless ranks are
+        heard in turns."""
+        found: dict[tuple[int, ...], deque[StepStats]] = {}
+        for step in self.steps:
+            heard = tuple([facts.rank for facts in step.rank_facts])
+            found.setdefault(heard, deque(maxlen=count)).append(step)
+        return [list(steps) for steps in found.values()]
+
     def missing(self, requires: Sequence[str]) -> str:
         """Why a rule that requires these cannot be evaluated; empty if it can."""
         return next((reason for name in requires if (reason := REQUIREMENTS[name](self))), "")
@@ -268,7 +298,7 @@ def _mean(step: StepStats, scalar: str) -> float:
 
 REQUIREMENTS: dict[str, Callable[[View], str]] = {
     "data ranks": lambda v: "" if v.setup.data_ranks > 1 and len(v.now.rank_facts) > 1 else "one rank sees all data",
-    "replicas": lambda v: "" if v.setup.replicated and v.setup.world > 1 else "no rank holds what another one holds",
+    "replicas": lambda v: "" if v.setup.replicated else "no rank holds what another one holds",
     "no model peers": lambda v: (
         "" if v.setup.data_ranks == v.setup.world else "some ranks see the same data on purpose"
     ),
