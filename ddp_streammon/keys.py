@@ -81,6 +81,8 @@ LEARNING_RATE, WEIGHT_DECAY = "lr", "weight_decay"
 CONTRIBUTION = "contribution"
 PRESENT = "present"
 EPOCH = "epoch"
+STOP = "stop_asked"
+"""Ranks of the application that were asked to end the job; only where somebody can ask."""
 
 
 def of_stream(stream: str, figure: str) -> str:

@@ -80,6 +80,9 @@ METRICS: tuple[Metric, ...] = (
     Metric(_x(keys.GRAD_POWER), "sum over tensors of |g| |w|, L2 norms", "loss", "`monitor.compute_gradient_power()`"),
     Metric(keys.SKIPPED, "1 where the GradScaler skips the step", "0 or 1", "the GradScaler, where there is one"),
     Metric(
+        keys.STOP, "ranks that are asked to end the job", "ranks", 'the application: "Stop run" of an online W&B run'
+    ),
+    Metric(
         keys.grad_ratio(_STREAM, _OTHER),
         "X_grad_norm / Y_grad_norm; nan where it means nothing (of features in `analyze_pathways`)",
         "1",

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ddp_streammon import StreamMonitor
+from ddp_streammon.report import STOPPED
 from ddp_streammon.report import page as page_module
 from ddp_streammon.report.__main__ import main
 from ddp_streammon.report.curves import STRETCHES, Curve
@@ -186,6 +187,12 @@ def test_the_rules_own_beginning_of_a_finding_counts() -> None:
             *("ok", "no alarm from 31 rules", "Ended at step 5."),
         ),
         ([step_record(5, {}, [ADVICE]), outcome_record()], "ok", "no alarm", "1 note. Ended at step 5."),
+        (
+            [step_record(5, {}), outcome_record(STOPPED)],
+            "ok",
+            "no alarm",
+            "Stopped after step 5, as somebody had asked.",
+        ),
         ([step_record(5, {}), outcome_record(3)], "error", "The run failed; no alarm", "after step 5 (exit code 3)"),
         (
             [step_record(5, {}, [ADVICE, OUTLIER, finding("NF", "error", explained_by="OUTLIER")]), outcome_record(1)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ddp_streammon.config import Severity
+from ddp_streammon.report import STOPPED
 from ddp_streammon.rules.finding import Action, Finding
 from ddp_streammon.sinks.ledger import COLUMNS, MOST_ENTRIES, Ledger, Pace
 
@@ -54,6 +55,7 @@ def test_the_verdict_is_the_worst_finding_or_what_looked() -> None:
     ledger.take("epoch", 1, [CLEAR, found("a hint", severity=Severity.info)])
     assert ledger.verdict() == "no alarm from 25 rules"
     assert ledger.verdict(exit_code=1) == "the run failed; no alarm from 25 rules"
+    assert ledger.verdict(exit_code=STOPPED) == "the run was stopped; no alarm from 25 rules"
     assert [row["finding"] for row in table(ledger)] == ["a hint"]
     cause = found("⚠️ a cause", rule="B")
     ledger.take("epoch", 2, [found("a consequence", rule="A", explained_by="B"), cause])

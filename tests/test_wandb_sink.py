@@ -268,8 +268,11 @@ def test_online_and_resumed_on_a_server(tmp_path: Path, monkeypatch: pytest.Monk
     with FakeWandb() as server:
         for name, value in server.env().items():
             monkeypatch.setenv(name, value)
-        sink = WandbSink(mode="online", project="p", run_id="r1")
+        server.stop_requested, asked = True, threading.Event()
+        sink = WandbSink(mode="online", project="p", run_id="r1", on_stop=asked.set)
         log_run(sink, step(1), step(2), epoch(1, OVERFIT))
+        assert asked.wait(5), "somebody has pressed stop"
+        server.stop_requested = False
         run = server.runs["r1"]
         assert run.complete and run.exit_code == 0 and sink.location.endswith("/p/runs/r1")
         assert [row[STEP_AXIS] for row in run.history if STEP_AXIS in row] == [1, 2, 2]

@@ -16,6 +16,8 @@ from ddp_streammon.stats import StepStats
 ReportKind = Literal["step", "epoch"]
 ActionStyle = Literal["words", "hydra"]
 
+STOPPED = 255
+"""Exit code, for the records, of a run that somebody has asked to stop: W&B shows it as killed, others as failed."""
 _LINE = "=" * 70
 _UNDEFINED = "undefined"
 _OVERFIT_FACTOR = 1.5

@@ -219,7 +219,7 @@ WHISKERS = (
 
 _OF_STREAMS = {line.figure for part in (*PICTURES, *WHISKERS) for line in part.lines if line.of in ("streams", "full")}
 _BOUNDS = (keys.LOW, keys.HIGH, keys.DETECTABLE)
-_NO_PICTURE = {"samples", "correct", keys.EPOCH, keys.SKIPPED, keys.WEIGHT_NORM_RATIO}
+_NO_PICTURE = {"samples", "correct", keys.EPOCH, keys.SKIPPED, keys.STOP, keys.WEIGHT_NORM_RATIO}
 
 
 def is_shown(key: str, streams: Sequence[str]) -> bool:

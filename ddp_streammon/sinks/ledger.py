@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from ddp_streammon.config import Severity
-from ddp_streammon.report import ReportKind, describe_action, gist
+from ddp_streammon.report import STOPPED, ReportKind, describe_action, gist
 from ddp_streammon.report.story import ALL_CLEAR
 from ddp_streammon.report.verdict import plain
 from ddp_streammon.rules.finding import Finding
@@ -70,7 +70,7 @@ class Ledger:
     def verdict(self, exit_code: int = 0) -> str:
         """A run in one line: the worst of what was found, or what looked and found nothing. Never "healthy"."""
         alarms = [entry for entry in self._entries.values() if entry.level >= Severity.warning.level]
-        failed = "the run failed; " if exit_code else ""
+        failed = {0: "", STOPPED: "the run was stopped; "}.get(exit_code, "the run failed; ")
         if not alarms:
             return f"{failed}{self._all_clear or 'no alarm'}"
         worst = min(alarms, key=lambda one: (-one.level, one.finding.explained_by is not None, one.raised or 0))

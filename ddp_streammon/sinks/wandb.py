@@ -10,7 +10,7 @@ import secrets
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,7 +29,7 @@ EPOCH_SECTIONS = ("overfit", "probe", "health")
 """What is drawn over epochs; all else over steps."""
 FINDINGS = "findings"
 """The key of the table."""
-_AXIS_NAMES = frozenset({keys.EPOCH, "step"})
+_NOT_SHOWN = frozenset({keys.EPOCH, keys.STOP, "step"})
 _ALERT_LEVELS = {Severity.warning: "WARN", Severity.error: "ERROR"}
 _TITLE_LENGTH = 60
 """W&B wants less than 64 characters."""
@@ -73,12 +73,15 @@ class WandbSink:
         alerts: bool | None = None,
         join_rows: bool = False,
         shown_until: int = 0,
+        on_stop: Callable[[], None] | None = None,
     ) -> None:
         """ImportError without wandb, ValueError for a bad mode or `log_every`, OSError for a bad folder.
 
         `mode`: `disabled` does nothing, in an active run neither; `auto` is `WANDB_MODE`, else online where
         an API key is found, else offline. `log_every`: log every n-th step report (epoch reports always).
         `shown_until`: the step up to which an attempt before this one has shown rows; those are not shown again.
+        `on_stop` is called, in a thread of W&B's, within 15 s after somebody has pressed "Stop run" in W&B's page of a
+        run of our own; None: W&B interrupts this process (KeyboardInterrupt), and no other rank.
         `alerts`: None means from a run of our own only. `name`: else the monitor's. `dir`: else `WANDB_DIR`, else
         the run directory.
         """
@@ -95,6 +98,7 @@ class WandbSink:
         self._alerts = alerts
         self._commit = False if join_rows else None
         self._shown_until = shown_until
+        self._on_stop = on_stop
         self.run_id = run_id or secrets.token_hex(4)
         """W&B's id of the run, for the checkpoint; that of the active run after `open`."""
         self.location = ""
@@ -131,6 +135,11 @@ class WandbSink:
                 self._run.define_metric(f"{section}/*", step_metric=axis)
 
     @property
+    def is_online(self) -> bool:
+        """Whether a run of our own is to be on a server."""
+        return self._mode == "online"
+
+    @property
     def in_callers_thread(self) -> bool:
         """An active run is logged into where its owner logs: rows that he has begun are not committed by another."""
         return self._run is not None and not self._owned
@@ -159,6 +168,7 @@ class WandbSink:
     def _started(self, run: RunInfo, config: Mapping[str, Any]) -> Any:
         """A run of our own; offline where the server does not answer."""
         folder = self._dir or os.environ.get("WANDB_DIR")
+        settings = _settings(self._wandb, {} if self._on_stop is None else {"stop_fn": self._on_stop})
         arguments = {
             **self._place,
             "id": self.run_id,
@@ -168,7 +178,7 @@ class WandbSink:
             "resume": "allow",
         }
         try:
-            return self._wandb.init(mode=self._mode, settings=_settings(self._wandb), **arguments)
+            return self._wandb.init(mode=self._mode, settings=settings, **arguments)
         except Exception as error:
             if self._mode != "online":
                 raise
@@ -179,7 +189,7 @@ class WandbSink:
                 error,
             )
         self._wandb.teardown()  # the service holds on to the id of the run that failed
-        return self._wandb.init(mode="offline", settings=_settings(self._wandb), **arguments)
+        return self._wandb.init(mode="offline", settings=settings, **arguments)
 
     def _log_values(self, report: Report) -> None:
         row: dict[str, Any] = {**self._chosen(report.values)}
@@ -198,7 +208,7 @@ class WandbSink:
     def _chosen(self, values: Mapping[str, float]) -> dict[str, float]:
         """The values that W&B is to show, under its keys."""
         for key in values.keys() - self._shown.keys():
-            self._shown[key] = None if key in _AXIS_NAMES else keys.wandb_key(key, self._streams)
+            self._shown[key] = None if key in _NOT_SHOWN else keys.wandb_key(key, self._streams)
         shown = {name: float(values[key]) for key in values if (name := self._shown[key]) is not None}
         return {**shown, **over_ranks(values, self._streams)}
 
@@ -293,10 +303,10 @@ def _usable_folder(folder: Path) -> Path:
     return folder
 
 
-def _settings(wandb: Any) -> Any:
-    """Bounded waits, rows on disk within a second, and the job's standard output left alone."""
+def _settings(wandb: Any, more: Mapping[str, Any]) -> Any:
+    """Bounded waits, rows on disk within a second, the job's standard output left alone, and what is `more`."""
     settings = wandb.Settings(init_timeout=_INIT_SECONDS, console="off", quiet=True)
-    for name, value in _EXTRA_SETTINGS.items():
+    for name, value in {**_EXTRA_SETTINGS, **more}.items():
         try:
             setattr(settings, name, value)
         except (AttributeError, TypeError, ValueError):

@@ -238,6 +238,8 @@ def where_to_look(result: Result, run_dir: Path) -> str:
         return f"\n{result.preflight}"
     figures = ", ".join(f"{key} {result.figures[key]:.4f}" for key in _SHOWN if key in result.figures)
     lines = ["", f"Done: {figures}"]
+    if result.stopped is not None:
+        lines[1] = f"Stopped after step {result.stopped}, as asked for in W&B; started again in its folder it goes on"
     if result.findings:
         lines.append("Recommendations:")
         for finding in result.findings:
