@@ -369,6 +369,36 @@ def test_a_server_that_refuses_costs_a_warning_and_a_wait(
     assert seconds < 30
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [6.0, 3600.0])
+def test_a_server_that_turns_slow_or_silent_delays_no_step_and_the_end_by_20_seconds_at_most(
+    seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each answer comes late from the middle of the run on; all rows are on disk whatever the server does."""
+    with FakeWandb() as server:
+        for name, value in server.env().items():
+            monkeypatch.setenv(name, value)
+        sinks = FanOut([WandbSink(mode="online", project="p", run_id="r1")])
+        sinks.open(RUN)
+        steps: list[float] = []
+        for number in range(1, 401):
+            if number == 100:
+                assert sinks.flush(5)
+                server.delay = seconds
+            begun = time.monotonic()
+            sinks.write(step(number) if number % 20 else epoch(number // 2, OVERFIT))
+            steps.append(time.monotonic() - begun)
+            time.sleep(0.05)  # 15 s under the slow server: W&B sends what it has every 15 s
+        begun = time.monotonic()
+        sinks.close(OUTCOME)
+        ended = time.monotonic() - begun
+        server.delay = 0.0
+    assert max(steps[100:]) < 0.5, f"with a server that answers at once it was at most {max(steps[:99])}"
+    assert ended < 20.5
+    run = written(next((tmp_path / "wandb").glob("run-*-r1")))
+    assert [row[STEP_AXIS] for row in run.history if STEP_AXIS in row] == list(range(1, 401))
+
+
 def test_a_run_of_our_own_is_logged_and_finished_in_a_thread_of_its_own(tmp_path: Path) -> None:
     both = FanOut([WandbSink(run_id="r1")])
     both.open(RUN)
