@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from io import FileIO
 from pathlib import Path
@@ -136,9 +137,24 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             place += len(line)
 
 
-def last_step(path: Path) -> int:
-    """The largest step that the record of a run holds; 0 without one."""
-    return max((record.get("step") or 0 for _, record in _lines(path)), default=0) if path.exists() else 0
+@dataclass(frozen=True)
+class Reported:
+    """What a record says was found, and when it was written."""
+
+    kind: str
+    step: int
+    """0 where the record is of no step."""
+    time: float
+    findings: tuple[Finding, ...]
+
+
+def reported(path: Path) -> Iterator[Reported]:
+    """The reports and outcomes of a file, in their order; nothing of a file that is not there."""
+    for _, record in _lines(path) if path.is_file() else ():
+        if record.get("type") in ("step", "epoch", "outcome"):
+            found = _restored({"values": {}, "findings": record["findings"]})["findings"]
+            findings = tuple(map(Finding.from_dict, found))
+            yield Reported(record["type"], record["step"] or 0, record["time"], findings)
 
 
 def _last_attempt(path: Path) -> int:

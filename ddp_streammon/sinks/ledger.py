@@ -46,6 +46,8 @@ class Ledger:
     """Filled report by report (`take`)."""
 
     def __init__(self) -> None:
+        self.changes = 0
+        """How often something was raised or cleared."""
         self._entries: dict[Hashable, Entry] = {}
         self._all_clear = ""
 
@@ -56,6 +58,7 @@ class Ledger:
         for key, entry in self._entries.items():
             if key not in now and entry.cleared is None and entry.by_step == (kind == "step"):
                 entry.cleared = step
+                self.changes += 1
         return news
 
     def rest(self, findings: Iterable[Finding]) -> list[Finding]:
@@ -94,10 +97,12 @@ class Ledger:
             if len(self._entries) >= MOST_ENTRIES:
                 return False
             self._entries[key] = Entry(finding, step, by_step)
+            self.changes += 1
             return True
         is_back = entry.cleared is not None
         entry.finding, entry.by_step, entry.cleared = finding, entry.by_step or by_step, None
         entry.times += is_back
+        self.changes += is_back
         return is_back
 
 

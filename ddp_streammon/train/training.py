@@ -21,7 +21,6 @@ from ddp_streammon.monitor import StreamMonitor
 from ddp_streammon.report import Sink
 from ddp_streammon.report.page import REPORT
 from ddp_streammon.sinks import ConsoleSink, FanOut, HtmlSink, JsonlSink, LiveSink, WandbSink, terminal_sink
-from ddp_streammon.sinks.jsonl import last_step
 from ddp_streammon.streams import StreamLike, StreamSet, StreamSpec
 from ddp_streammon.train import checkpoint, parallel
 from ddp_streammon.train.config import AppConfig, Precision, StreamSection, check_ranks, intent_of, monitor_config
@@ -211,7 +210,6 @@ def _sinks(
 ) -> tuple[FanOut, WandbSink | None]:
     """Rank 0's sinks, the record of truth first."""
     sinks: list[Sink] = []
-    before = last_step(run_dir / JSONL) if saved is not None else 0
     if config.sinks.jsonl.enabled:
         monitored = (saved or {}).get("monitor") or {"calls": 0}
         sinks.append(JsonlSink(run_dir / JSONL, resume_step=monitored["calls"]))
@@ -233,7 +231,7 @@ def _sinks(
         dir=run_dir,
         log_every=section.log_every,
         alerts=section.alerts,
-        shown_until=before,
+        record=run_dir / JSONL if saved is not None else None,
         on_stop=stop.ask,
     )
     stop.possible = wandb_sink.is_online
