@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -46,10 +47,10 @@ from ddp_streammon.evaluation import (
 from ddp_streammon.history import History
 from ddp_streammon.measurement import GradientMeter
 from ddp_streammon.plan import Measurement
-from ddp_streammon.report import Outcome, Report, RunInfo, Sink, summary_text
+from ddp_streammon.report import Outcome, Report, RunInfo, Sink, in_words, summary_text
 from ddp_streammon.rules import evaluated, evidence, exact, guide, own_gradients, ranks
 from ddp_streammon.rules.engine import Engine, Preflight
-from ddp_streammon.rules.finding import Finding, StreamSettings
+from ddp_streammon.rules.finding import Action, Finding, StreamSettings
 from ddp_streammon.sinks import FanOut, WandbSink, active_wandb_run
 from ddp_streammon.stats import Figures, ScalarLike, StepStats, Total
 from ddp_streammon.steps import Steps
@@ -76,7 +77,8 @@ class StreamMonitor(Joinable):
 
     `optimizer`: one or several, for learning rates and the GradScaler's stage; by default the model's own `optimizer`,
     if it has one. `streams`: see `StreamSet.resolve`. `sinks` are used on rank 0 only; `name` and `run` (its
-    configuration) describe the run to them.
+    configuration) describe the run to them. `wording` says what a finding's action sets, as the loop's owner would
+    write it, wherever findings go; it is to say the same on every rank.
 
     Sharded models (FSDP2, HSDP, tensor parallel, mixed stream by stream) are measured as they are. `model_peers`: the
     ranks of the group that see the same data as this one, itself included, where the meshes of the parameters do not
@@ -98,8 +100,10 @@ class StreamMonitor(Joinable):
         name: str | None = None,
         run: Mapping[str, Any] | None = None,
         model_peers: Sequence[int] | None = None,
+        wording: Callable[[Action], str] = in_words,
     ) -> None:
         super().__init__()
+        self._wording = functools.lru_cache(maxsize=256)(wording)
         self.config = config or MonitorConfig()
         self.model = model
         self._optimizers = _optimizers(model, optimizer)
@@ -429,12 +433,13 @@ class StreamMonitor(Joinable):
         last measured step, the claims of the last look, then the set's own. Equal on every rank. Comm: none."""
         advice: list[Finding] = []
         if self._engine is not None:
-            return self._engine.findings or [self._engine.nothing_found()]
+            return self._worded(self._engine.findings or [self._engine.nothing_found()])
         if self.config.rules is RuleSet.guide:
             advice = guide.recommend(
                 self.history, self.streams.user_names, self._settings(), severity=self.config.rule_severity
             )
-        return [*self._standing, *(claim for claims in self._claimed.values() for claim in claims), *advice]
+        claims = (claim for claims in self._claimed.values() for claim in claims)
+        return self._worded([*self._standing, *claims, *advice])
 
     def preflight(self) -> Preflight:
         """What does not train, after the first steps (50, say): frozen, absent from the optimizer, at learning rate 0,
@@ -557,9 +562,12 @@ class StreamMonitor(Joinable):
         self._noise.append(noise.steps_of(step))
         values = step.values()
         self.history.append(step.step, step.epoch, values)
-        self._standing = self._engine.take(step) if self._engine is not None else self._of_step(step)
+        self._standing = self._worded(self._engine.take(step) if self._engine is not None else self._of_step(step))
         self._remember(self._standing)
         self._sink.write(Report("step", step.step, step.epoch, values, tuple(self._standing), step))
+
+    def _worded(self, findings: Iterable[Finding]) -> list[Finding]:
+        return [finding.worded(self._wording) for finding in findings]
 
     def _of_step(self, step: StepStats) -> list[Finding]:
         """What is said of a step without the evidence rules."""
@@ -640,6 +648,7 @@ def watch(
     name: str | None = None,
     run: Mapping[str, Any] | None = None,
     model_peers: Sequence[int] | None = None,
+    wording: Callable[[Action], str] = in_words,
 ) -> StreamMonitor:
     """A `StreamMonitor`, whose streams are printed on rank 0.
 
@@ -648,7 +657,14 @@ def watch(
     if sinks is None:
         sinks = [WandbSink()] if active_wandb_run() is not None else []
     monitor = StreamMonitor(
-        model, optimizer, streams, config=config, sinks=sinks, group=group, name=name, run=run, model_peers=model_peers
+        *(model, optimizer, streams),
+        config=config,
+        sinks=sinks,
+        group=group,
+        name=name,
+        run=run,
+        model_peers=model_peers,
+        wording=wording,
     )
     if monitor._collective.topology.rank == 0:
         print(monitor.inventory(), flush=True)

@@ -24,7 +24,7 @@ ADVICE = finding(
     "S-GR",
     "info",
     stream="rgb",
-    action={"setting": "lr", "stream": "rgb", "value": 5e-4, "old": 1e-3},
+    action={"setting": "lr", "stream": "rgb", "value": 5e-4, "old": 1e-3, "how": "optim.streams.rgb.lr=0.0005"},
     likely="too high a rate",
     do="lower it",
     confirm="look at the ratio",

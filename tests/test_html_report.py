@@ -312,7 +312,7 @@ def test_findings_are_told_with_evidence_and_override() -> None:
     text = Tags(page(story_of(*whole_run()))).visible
     for part in ("OUTLIER", "factor\xa04.5", "rank 2\xa0nan", "Likely too high a rate", "optim.streams.rgb.lr=0.0005"):
         assert part in text, part
-    own_loop = story_of({**run_record(), "config": {}}, epoch_record(4, {}, [ADVICE]))
+    own_loop = story_of(run_record(), epoch_record(4, {}, [{**ADVICE, "action": {**ADVICE["action"], "how": ""}}]))
     assert "parameter group 'rgb': lr 0.001 -> 0.0005" in Tags(page(own_loop)).visible
 
 

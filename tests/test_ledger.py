@@ -41,7 +41,7 @@ def test_a_finding_of_steps_is_cleared_by_a_step_and_one_of_epochs_by_an_epoch()
 def test_a_row_has_the_latest_numbers_and_the_override() -> None:
     ledger = Ledger()
     ledger.take("step", 1, [found("a norm of 3")])
-    action = Action("lr", "rgb", 0.1, 0.2)
+    action = Action("lr", "rgb", 0.1, 0.2, how="optim.streams.rgb.lr=0.1")
     ledger.take("step", 2, [found("a norm of 4", rank=1, evidence={"norm": 4.0, "ratio": 0.5}, action=action)])
     first, second = table(ledger)  # another rank is another finding
     assert (first["finding"], first["cleared"], first["override"], first["evidence"]) == ("a norm of 3", 2, "", "")

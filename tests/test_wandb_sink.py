@@ -41,7 +41,7 @@ OVERFIT = Finding(
     stream="depth",
     evidence={"score": 1.5},
     do="increase it",
-    action=Action("weight_decay", "depth", 0.05, 0.02),
+    action=Action("weight_decay", "depth", 0.05, 0.02, how="optim.streams.depth.weight_decay=0.05"),
 )
 HINT = Finding("✓ Gradient ratio balanced (1.15)", rule="guide.ratio")
 NONFINITE = Finding("❌ 3 NaN", rule="nonfinite", severity=Severity.error, stream="rgb", rank=1, step=2)

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from ddp_streammon.config import Severity
-from ddp_streammon.report import STOPPED, ReportKind, describe_action, gist
+from ddp_streammon.report import STOPPED, ReportKind, gist, to_set
 from ddp_streammon.report.story import ALL_CLEAR
 from ddp_streammon.report.verdict import plain
 from ddp_streammon.rules.finding import Finding
@@ -39,7 +39,7 @@ class Entry:
         found = self.finding
         evidence = ", ".join(f"{name}={value:.4g}" for name, value in found.evidence.items())
         head = [self.raised, self.cleared, self.times, found.severity.value, found.rule, found.stream, found.rank]
-        return [*head, str(found), evidence, override(found)]
+        return [*head, str(found), evidence, to_set(found.action)]
 
 
 class Ledger:
@@ -104,11 +104,6 @@ class Ledger:
         entry.times += is_back
         self.changes += is_back
         return is_back
-
-
-def override(finding: Finding) -> str:
-    """The override that carries a finding's action out; empty where there is nothing to set."""
-    return "" if finding.action is None else describe_action(finding.action, "hydra")
 
 
 @dataclass

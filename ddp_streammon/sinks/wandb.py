@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
-from ddp_streammon.report import Outcome, Report, RunInfo
+from ddp_streammon.report import Outcome, Report, RunInfo, to_set
 from ddp_streammon.rules.finding import Finding
 from ddp_streammon.sinks.jsonl import reported
-from ddp_streammon.sinks.ledger import COLUMNS, Ledger, Pace, override
+from ddp_streammon.sinks.ledger import COLUMNS, Ledger, Pace
 
 MODES = ("auto", "disabled", "offline", "online")
 STEP_AXIS = "trainer/step"
@@ -250,7 +250,7 @@ class WandbSink:
             if level is not None and self._pace.allows(finding, time.time()):
                 self._run.alert(
                     title=textwrap.shorten(finding, _TITLE_LENGTH, placeholder="..."),
-                    text=f"{finding.told()}\n{override(finding)}".rstrip(),
+                    text=f"{finding.told()}\n{to_set(finding.action)}".rstrip(),
                     level=level,
                 )
 

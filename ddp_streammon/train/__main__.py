@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from ddp_streammon import keys
-from ddp_streammon.report import describe_action
+from ddp_streammon.report import to_set
 from ddp_streammon.streams import StreamSet
 from ddp_streammon.train import checkpoint
 from ddp_streammon.train.config import ONLY, AppConfig, ConfigError, check_ranks, load, reduced
@@ -243,7 +243,7 @@ def where_to_look(result: Result, run_dir: Path) -> str:
     if result.findings:
         lines.append("Recommendations:")
         for finding in result.findings:
-            action = f"  [{describe_action(finding.action, 'hydra')}]" if finding.action else ""
+            action = f"  [{to_set(finding.action)}]" if finding.action else ""
             lines.append(f"  {finding.told()}{action}")
     lines.append("Where to look:")
     records = {"run directory": str(run_dir), **result.records}

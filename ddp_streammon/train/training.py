@@ -18,7 +18,7 @@ from torch import nn
 from ddp_streammon.collective import Collective
 from ddp_streammon.config import Intent
 from ddp_streammon.monitor import StreamMonitor
-from ddp_streammon.report import Sink
+from ddp_streammon.report import Sink, as_override
 from ddp_streammon.report.page import REPORT
 from ddp_streammon.sinks import ConsoleSink, FanOut, HtmlSink, JsonlSink, LiveSink, WandbSink, terminal_sink
 from ddp_streammon.streams import StreamLike, StreamSet, StreamSpec
@@ -153,6 +153,7 @@ def build(
             config=monitor_config(config, _intent(config, data, model, collective.topology.world_size)),
             sinks=[sinks],
             name=run_dir.name,
+            wording=as_override,
             run={
                 **settings,
                 "run_dir": str(run_dir),
@@ -216,7 +217,7 @@ def _sinks(
     if config.sinks.html.enabled:
         sinks.append(HtmlSink(run_dir / REPORT, record=run_dir / JSONL if config.sinks.jsonl.enabled else None))
     if config.sinks.console.enabled:
-        sinks.append(terminal_sink("hydra") if config.sinks.console.live else ConsoleSink(action_style="hydra"))
+        sinks.append(terminal_sink() if config.sinks.console.live else ConsoleSink())
     section = config.sinks.wandb
     if not section.enabled:
         return FanOut(sinks), None
