@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -130,6 +131,8 @@ class StreamMonitor(Joinable):
         self._replicas: list[Finding] = []
         self._hooks = [o.register_step_post_hook(lambda *_: self._steps.gradients_are_used()) for o in self._optimizers]
         self._steps = Steps(self.streams, self._meter, self._collective, self.config)
+        self._spent = 0.0
+        self._noise_told = 0
         self._standing: list[Finding] = []
         self._claimed: dict[str, list[Finding]] = {}
         self._past: dict[str, Past] = {}
@@ -205,6 +208,7 @@ class StreamMonitor(Joinable):
         Sync: none but for the sum of call n - `delay`, so that the host runs at most so many steps ahead; reading the
         result waits.
         """
+        begun = time.perf_counter()
         Join.notify_join_context(self)
         if epoch is not None:
             self.epoch = epoch
@@ -213,7 +217,9 @@ class StreamMonitor(Joinable):
         for name, mask in (present or {}).items():
             self.streams[name]
             numbers[keys.of_stream(name, keys.PRESENT)] = (mask.sum(), float(mask.numel()))
-        return self._step(numbers, samples, scaler)
+        figures = self._step(numbers, samples, scaler)
+        self._spent += time.perf_counter() - begun
+        return figures
 
     def _step(
         self,
@@ -564,7 +570,8 @@ class StreamMonitor(Joinable):
         self.history.append(step.step, step.epoch, values)
         self._standing = self._worded(self._engine.take(step) if self._engine is not None else self._of_step(step))
         self._remember(self._standing)
-        self._sink.write(Report("step", step.step, step.epoch, values, tuple(self._standing), step))
+        spent, self._spent = self._spent, 0.0
+        self._sink.write(Report("step", step.step, step.epoch, values, tuple(self._standing), step, spent))
 
     def _worded(self, findings: Iterable[Finding]) -> list[Finding]:
         return [finding.worded(self._wording) for finding in findings]
@@ -583,10 +590,24 @@ class StreamMonitor(Joinable):
 
     def _record_epoch(self, values: Mapping[str, float]) -> None:
         self.flush()
+        values = {**values, **self._noise_figures()}
         self.history.append(self.calls, self.epoch, values)
         findings = self.get_recommendations()
         self._remember(findings)
         self._sink.write(Report("epoch", self.calls, self.epoch, values, tuple(findings)))
+
+    def _noise_figures(self) -> dict[str, float]:
+        """The noise scales that are determined, once for the same steps."""
+        if not self.config.local_gradients or self._noise_told == self.calls:
+            return {}
+        self._noise_told = self.calls
+        values: dict[str, float] = {}
+        for name, scale in self.noise_scale().items():
+            if scale.determined:
+                key = keys.of_stream(name, keys.NOISE_SCALE)
+                bounds = {keys.bound(key, keys.LOW): scale.low, keys.bound(key, keys.HIGH): scale.high}
+                values |= {key: scale.value, **bounds}
+        return values
 
     def _remember(self, findings: Iterable[Finding]) -> None:
         """Keep the latest finding of each rule, stream and rank for the outcome."""

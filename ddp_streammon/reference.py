@@ -94,6 +94,13 @@ METRICS: tuple[Metric, ...] = (
         "loss / weight",
         "`local_gradients=True`, under DDP",
     ),
+    Metric(
+        _x(keys.NOISE_SCALE),
+        "tr(Sigma) / |G|^2 over the last 500 steps, at evaluations, where it is determined (McCandlish et al. 2018)",
+        "samples",
+        "`local_gradients=True` on 8 ranks and more",
+        True,
+    ),
     Metric(_x(keys.UPDATE_NORM), "|w after - w before| of an optimizer step", "weight", "`update_every=N`"),
     Metric(_x(keys.UPDATE_RATIO), "X_update_norm / |w before|", "1", "`update_every=N`"),
     Metric(_x(keys.WEIGHT_NORM), "sqrt(sum w^2) of tensors whose name holds `weight`", "weight", _SEED),

@@ -219,8 +219,14 @@ def test_pictures_are_drawn_of_what_there_is_and_of_nothing_else() -> None:
         *("When findings stood", "What the head uses, at the last evaluation"),
         *("Probe against use, at the last evaluation", "Loss of the whole model", "Gradient norm", "Update ratio"),
         *("Weight norm", "Accuracy of each stream alone", "Generalisation gap in the loss", "Shapley share", "aux"),
-        *("Streams that cover for each other", "Step time", "Gradient of each rank, before the average: depth"),
+        *(
+            "Streams that cover for each other",
+            "Step time",
+            "Gradient noise scale",
+            "Gradient of each rank, before the average: depth",
+        ),
     } <= drawn.keys()
+    assert [line["name"] for line in drawn["Step time"]["lines"]] == ["a step", "of it the monitor"]
     uses = drawn["What the head uses: loss that an exchanged input costs"]["lines"]
     assert [line["name"] for line in uses] == list(STREAMS)
     assert all(

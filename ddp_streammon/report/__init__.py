@@ -43,6 +43,8 @@ class Report:
     """Everything that stands now, whether or not an earlier report had it too."""
     stats: StepStats | None = None
     """Of a step: all that the rules saw of it."""
+    monitor_seconds: float | None = None
+    """Of a step: what the calls of `StreamMonitor.step` since the report before have taken on rank 0's host."""
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,15 @@ PICTURES = (
         zero=True,
     ),
     Picture(
+        "Gradient noise scale",
+        "samples",
+        "About how many samples a batch can have before more of them add little: one far below it is noisy, one far "
+        "above it wastes samples. It usually grows as the loss falls. Over the last 500 steps, with its 95 % interval; "
+        "from local gradients of 8 ranks and more. Logarithmic.",
+        (Line(keys.NOISE_SCALE),),
+        log=True,
+    ),
+    Picture(
         "Update ratio",
         "norm of the change / norm of the weights, a step",
         "How fast the optimizer really moves a stream. About 0.001 is usual, above 0.1 is too fast, 0 is frozen, "

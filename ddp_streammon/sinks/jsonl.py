@@ -22,10 +22,11 @@ class JsonlSink:
     """Appends to a file, each record written at once, so that a killed job loses at most the line in work.
 
     A record is `{"type": "run" | "step" | "epoch" | "outcome", "step", "epoch", "time" (of writing, unix seconds),
-    "attempt", "values", "findings"}`; `run` also has `name`, `streams`, `config` and `inventory`, `outcome` also has
-    `text` and `exit_code`. A resumed run appends a `run` record of its own, and its records have the next number as
-    their `attempt` (the first is 0). nan and infinities are the strings "NaN", "Infinity" and "-Infinity", which
-    `read_jsonl` turns back.
+    "attempt", "values", "findings"}`; `step` also has `measured` (what the rules saw) and `monitor_seconds` (what calls
+    of `StreamMonitor.step` have taken on rank 0 since the record before), `run` also `name`, `streams`, `config` and
+    `inventory`, `outcome` also `text` and `exit_code`. A resumed run appends a `run` record of its own, and its records
+    have the next number as their `attempt` (the first is 0). nan and infinities are the strings "NaN", "Infinity" and
+    "-Infinity", which `read_jsonl` turns back.
     """
 
     def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
@@ -71,7 +72,11 @@ class JsonlSink:
     def write(self, report: Report) -> None:
         """Append the report."""
         record = _record(report.kind, report.step, report.epoch, report.values, report.findings)
-        self._append(record if report.stats is None else record | {"measured": report.stats.to_dict()})
+        if report.stats is not None:
+            record["measured"] = report.stats.to_dict()
+        if report.monitor_seconds is not None:
+            record["monitor_seconds"] = report.monitor_seconds
+        self._append(record)
 
     def close(self, outcome: Outcome) -> None:
         """Append the outcome and close the file."""
