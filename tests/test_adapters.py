@@ -127,7 +127,6 @@ def test_the_readmes_snippet_runs(training: tuple[str, list[Any]]) -> None:
 def test_what_a_framework_cannot_tell(training: tuple[str, list[Any]]) -> None:
     name, (first, _) = training
     if name == "lightning":
-        assert "found 2 optimizers: use streammon.watch" in first["refused"][0]
         assert first["scaled"]["loss"] == pytest.approx(first["figures"]["loss"][:3], rel=1e-2)
         for key in ("rgb_grad_norm", "depth_grad_norm", "shared_grad_norm"):
             assert first["scaled"][key] == pytest.approx(first["figures"][key][:3], rel=2e-2)
@@ -136,6 +135,17 @@ def test_what_a_framework_cannot_tell(training: tuple[str, list[Any]]) -> None:
             "clip_norm=0.05 needs TrainingArguments(max_grad_norm=0), or both clip",
             "a score needs one eval_dataset, got near, far",
         ]
+
+
+def test_lightnings_manual_optimization_with_two_optimizers(training: tuple[str, list[Any]]) -> None:
+    name, ranks = training
+    if name != "lightning":
+        pytest.skip("the others are given their optimizers")
+    for rank in ranks:
+        one, several = rank["several"]
+        assert len(one["loss"]) == 5 and several == one, "a backward pass is measured once"
+        pairs = zip(*map(dict.values, rank["by_several"]), strict=True)
+        assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
 def test_gradients_that_transformers_has_clipped_say_so(training: tuple[str, list[Any]]) -> None:
