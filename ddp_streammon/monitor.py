@@ -469,7 +469,11 @@ class StreamMonitor(Joinable):
 
     def noise_scale(self) -> dict[str, noise.NoiseScale]:
         """Each stream's gradient noise scale in samples, over the last `noise.WINDOW` measured steps that arrived: from
-        `local_gradients` and the `samples` given to `step`. Opt-in; no rule reads it. Comm: none."""
+        `local_gradients` and the `samples` given to `step`. Opt-in; no rule reads it. Not determined where ranks see
+        the same data (tensor parallel), since each holds a part of its data's gradient. Comm: none."""
+        if self._collective.topology.model_peers > 1:
+            why = "some ranks see the same data on purpose: none of them holds the whole gradient of its data"
+            return dict.fromkeys(self.streams.names, noise.undetermined(why))
         steps = self._noise
         return {name: noise.noise_scale([of[name] for of in steps if name in of]) for name in self.streams.names}
 

@@ -62,9 +62,9 @@ def noise_scale(steps: Sequence[NoiseStep]) -> NoiseScale:
     """
     fewest = min((step.ranks for step in steps), default=MIN_RANKS)
     if fewest < MIN_RANKS:
-        return _undetermined(f"{fewest} rank{'s' * (fewest > 1)}: at least {MIN_RANKS} are needed")
+        return undetermined(f"{fewest} rank{'s' * (fewest > 1)}: at least {MIN_RANKS} are needed")
     if len(steps) < MIN_STEPS:
-        return _undetermined(
+        return undetermined(
             f"{len(steps)} measured steps with local gradients and samples: at least {MIN_STEPS} are needed; set "
             "local_gradients=True, and pass samples=n to step, on the host"
         )
@@ -76,12 +76,17 @@ def noise_scale(steps: Sequence[NoiseStep]) -> NoiseScale:
     b = trace * sq_gradient - t_squared * statistics.covariance(traces, sq_gradients) / len(steps)
     c = trace**2 - t_squared * statistics.variance(traces, trace) / len(steps)
     if a <= 0 or sq_gradient <= 0:
-        return _undetermined(
+        return undetermined(
             f"the squared gradient is not told from zero in {len(steps)} steps: more steps, more ranks or a larger "
             "batch are needed"
         )
     root = math.sqrt(max(b * b - a * c, 0.0))
     return NoiseScale(trace / sq_gradient, (b - root) / a, (b + root) / a, determined=True)
+
+
+def undetermined(why: str) -> NoiseScale:
+    """No value and no bound, for this reason."""
+    return NoiseScale(math.nan, 0.0, math.inf, determined=False, why=why)
 
 
 def estimates(step: NoiseStep) -> tuple[float, float]:
@@ -109,7 +114,3 @@ def steps_of(stats: StepStats) -> dict[str, NoiseStep]:
             mean = statistics.fmean(squares)
             steps[name] = NoiseStep(stream.grad_norm**2, mean, of_one, stats.ranks)
     return steps
-
-
-def _undetermined(why: str) -> NoiseScale:
-    return NoiseScale(math.nan, 0.0, math.inf, determined=False, why=why)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.benchmarks import growth, machine, peers, soak, statistics, whole_step
+from tests.benchmarks import coverage, growth, machine, main_job, peers, replay, rules, soak, statistics, whole_step
 from tests.benchmarks.counting import counts, dispatched
 from tests.benchmarks.gradients import PIXELS, Gradients, gradient_bytes, two_streams
 from tests.benchmarks.timing import Alternation, Ratio, Timer, interval, median, table
@@ -114,6 +114,42 @@ def test_whole_step_trains_on_two_ranks_with_one_collective(printed: Run) -> Non
     assert 0 < step < monitored
     assert plain > 0
     assert low <= ratio <= high
+
+
+@pytest.mark.slow
+def test_replay_sets_what_is_tried_beside_a_plain_pass(printed: Run) -> None:
+    text = printed(replay.main, "--repeats", "2", "--items", "32", "--batch", "16", "--hidden", "16", "8")
+    assert "two streams of mlp [16, 8], 32 items in batches of 16, 2 repeats" in text
+    assert {name for name in (replay.LOOP, replay.PLAIN, replay.TRIED, replay.PAIR) if f"\n{name} " in text} == {
+        "loop",
+        "plain",
+        "tried",
+        "pair",
+    }
+
+
+@pytest.mark.slow
+def test_rules_say_what_a_step_costs_them(printed: Run) -> None:
+    text = printed(rules.main, "--steps", "20", "--ranks", "3")
+    found = re.search(r"3 rank\(s\), 20 steps of two streams\nCPU ms a step: mean ([\d.]+), median ([\d.]+)", text)
+    assert found is not None, text
+    assert 0 < float(found[2]) < 50
+
+
+@pytest.mark.slow
+def test_coverage_counts_the_intervals_that_hold_the_truth(printed: Run) -> None:
+    pytest.importorskip("multiviewstacking")
+    found = rows(printed(coverage.main, "--splits", "1", "--validation", "100"), "figure")
+    assert found["all uses"]["intervals"] == "4"
+    assert found["all gaps"]["intervals"] == "6"
+    assert found["full_acc_gap"]["all"] in ("0 %", "100 %")
+
+
+@pytest.mark.slow
+def test_main_job_pairs_steps_with_and_without_the_monitor(printed: Run) -> None:
+    text = printed(main_job.main, "--steps", "20")
+    assert "2 CPU ranks, the default job: 20 steps, every second one monitored" in text
+    assert re.search(r"\nratio +[\d.]+   \(95 % interval [\d.]+ to [\d.]+\)", text), text
 
 
 @pytest.mark.parametrize(

@@ -221,3 +221,17 @@ def test_eight_ranks_find_what_all_samples_gradients_say() -> None:
         assert found[name].value == pytest.approx(true_scale(name), rel=0.3)
         assert is_undetermined(without[name])
         assert without[name].why.startswith("0 measured steps with local gradients and samples")
+
+
+def _sharing_data() -> dict[str, NoiseScale]:
+    monitor = StreamMonitor(network(), None, STREAMS, model_peers=range(dist.get_world_size()))
+    return monitor.noise_scale()
+
+
+def test_nothing_is_determined_of_ranks_that_see_the_same_data() -> None:
+    for found in run_ranks(2, _sharing_data):
+        assert list(found) == list(NAMES)
+        assert all(map(is_undetermined, found.values()))
+        assert {scale.why for scale in found.values()} == {
+            "some ranks see the same data on purpose: none of them holds the whole gradient of its data"
+        }

@@ -13,7 +13,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,11 @@ def _job(steps: int, overrides: list[str], folder: str) -> tuple[list[float], li
     return alternating.seconds[8:], alternating.calls[4:]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("overrides", nargs="*", help="of the application, e.g. experiment=mfeat_six")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     steps = given.steps // 4 * 4
     with tempfile.TemporaryDirectory() as folder:
         seconds, calls = run_ranks(2, _job, steps, given.overrides, folder, timeout=3600)[0]

@@ -5,7 +5,7 @@ would write it. "plain": `evaluation.measure` of the whole model alone. "tried":
 stream's features at their mean: four variants of what follows the encoders. "pair": a fifth, both streams exchanged.
 The passes take turns in an order drawn anew for each repeat, and ratios are paired by repeat: medians with their 95 %
 bootstrap intervals, of the time that passes and, on CPU, of the processor's time alone, which other jobs on the machine
-disturb less. Models: `mlp`, the application's multi_mlp ([512, 256], vectors of mfeat), and `resnet`, two ResNet-18.
+disturb less. Models: `mlp`, the application's multi_mlp (`--hidden`, vectors of mfeat), and `resnet`, two ResNet-18.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ class Job:
     device: torch.device
 
 
-def mlp(items: int, batch: int, device: torch.device) -> Job:
+def mlp(items: int, batch: int, device: torch.device, hidden: Sequence[int]) -> Job:
     data = mfeat(("fou", "pix"), train=max(items, 1200), validation=100)
     torch.manual_seed(0)
-    model = multi_mlp(data.streams, data.num_classes, device=device)
+    model = multi_mlp(data.streams, data.num_classes, hidden, device=device)
     assert isinstance(data.train, TensorDataset)
     chosen = TensorDataset(*(x[:items] for x in data.train.tensors))
     streams = StreamSet.resolve(model, dict(model.encoders.items()))
-    paths = {f"encoders.{name}": 256 for name in data.streams}
+    paths = {f"encoders.{name}": hidden[-1] for name in data.streams}
     return Job(model, streams, DataLoader(chosen, batch), paths, device)
 
 
-def resnet(items: int, batch: int, device: torch.device) -> Job:
+def resnet(items: int, batch: int, device: torch.device, _: Sequence[int]) -> Job:
     pixels = PIXELS[device.type]
     model = two_streams("resnet", device, pixels)
     chance = torch.Generator().manual_seed(0)
@@ -69,7 +69,7 @@ def resnet(items: int, batch: int, device: torch.device) -> Job:
     return Job(model, resolved(model), DataLoader(chosen, batch), {"rgb": 512, "depth": 512}, device)
 
 
-JOBS: dict[str, Callable[[int, int, torch.device], Job]] = {"mlp": mlp, "resnet": resnet}
+JOBS: dict[str, Callable[[int, int, torch.device, Sequence[int]], Job]] = {"mlp": mlp, "resnet": resnet}
 
 
 def passes(job: Job) -> dict[str, Callable[[], object]]:
@@ -137,12 +137,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=machine.count, default=100)
     parser.add_argument("--items", type=machine.count)
     parser.add_argument("--batch", type=machine.count)
+    parser.add_argument("--hidden", type=machine.count, nargs="+", default=[512, 256], help="layers of mlp")
     given = parser.parse_args(arguments)
     kind = given.device.type, given.model
     items, batch = given.items or ITEMS[kind], given.batch or BATCH[kind]
-    job = JOBS[given.model](items, batch, given.device)
+    job = JOBS[given.model](items, batch, given.device, given.hidden)
     print(machine.described(given.device))
-    print(f"two streams of {given.model}, {items} items in batches of {batch}, {given.repeats} repeats")
+    layers = f" {given.hidden}" if given.model == "mlp" else ""
+    print(f"two streams of {given.model}{layers}, {items} items in batches of {batch}, {given.repeats} repeats")
     print(report(job, given.repeats))
 
 
