@@ -74,7 +74,7 @@ def _stopped_and_resumed(folder: str, *more: str) -> tuple[tuple[bool, int, int,
     return stood, alike, asked
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_all_ranks_stop_after_the_same_step_and_go_on_bit_for_bit(accumulate: int, tmp_path: Path) -> None:
     """6 micro-batches an epoch; rank 0 is asked in the third of the second one, and a packet arrives a step later."""
     steps, batches = {1: (10, 4), 2: (6, 6)}[accumulate]
