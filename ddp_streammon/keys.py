@@ -35,6 +35,8 @@ GRAD_POWER = "grad_power"
 UPDATE_NORM, UPDATE_RATIO = "update_norm", "update_ratio"
 UPDATE_FIGURES = (UPDATE_NORM, UPDATE_RATIO)
 
+NOISE_SCALE = "noise_scale"
+"""Gradient noise scale, in samples; where it is determined."""
 LOCAL_NORM = "local_grad_norm"
 MAX_RANKS = 16
 """Ranks that have keys of their own; of more, findings speak."""
@@ -81,6 +83,8 @@ LEARNING_RATE, WEIGHT_DECAY = "lr", "weight_decay"
 CONTRIBUTION = "contribution"
 PRESENT = "present"
 EPOCH = "epoch"
+STOP = "stop_asked"
+"""Ranks of the application that were asked to end the job; only where somebody can ask."""
 
 
 def of_stream(stream: str, figure: str) -> str:
@@ -198,6 +202,7 @@ _RECORD_ONLY = frozenset(
         *OVERFIT_FIGURES,
         *WANDB_FIGURES_OF_FULL,
         GRAD_POWER,
+        NOISE_SCALE,
         WEIGHT_DECAY,
         KNOWS,
         KNOWS_SCORE,

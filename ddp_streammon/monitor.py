@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -46,10 +48,10 @@ from ddp_streammon.evaluation import (
 from ddp_streammon.history import History
 from ddp_streammon.measurement import GradientMeter
 from ddp_streammon.plan import Measurement
-from ddp_streammon.report import Outcome, Report, RunInfo, Sink, summary_text
+from ddp_streammon.report import Outcome, Report, RunInfo, Sink, in_words, summary_text
 from ddp_streammon.rules import evaluated, evidence, guide
 from ddp_streammon.rules.engine import Engine, Preflight
-from ddp_streammon.rules.finding import Finding, StreamSettings
+from ddp_streammon.rules.finding import Action, Finding, StreamSettings
 from ddp_streammon.sinks import FanOut, WandbSink, active_wandb_run
 from ddp_streammon.stats import Figures, ScalarLike, Total
 from ddp_streammon.steps import Steps
@@ -76,7 +78,8 @@ class StreamMonitor(Joinable):
 
     `optimizer`: one or several, for learning rates and the GradScaler's stage; by default the model's own `optimizer`,
     if it has one. `streams`: see `StreamSet.resolve`. `sinks` are used on rank 0 only; `name` and `run` (its
-    configuration) describe the run to them.
+    configuration) describe the run to them. `wording` says what a finding's action sets, as the loop's owner would
+    write it, wherever findings go; it is to say the same on every rank.
 
     Sharded models (FSDP2, HSDP, tensor parallel, mixed stream by stream) are measured as they are. `model_peers`: the
     ranks of the group that see the same data as this one, itself included, where the meshes of the parameters do not
@@ -98,8 +101,10 @@ class StreamMonitor(Joinable):
         name: str | None = None,
         run: Mapping[str, Any] | None = None,
         model_peers: Sequence[int] | None = None,
+        wording: Callable[[Action], str] = in_words,
     ) -> None:
         super().__init__()
+        self._wording = functools.lru_cache(maxsize=256)(wording)
         self.config = config or MonitorConfig()
         self.model = model
         self._optimizers = _optimizers(model, optimizer)
@@ -122,6 +127,8 @@ class StreamMonitor(Joinable):
         self._noise: deque[dict[str, noise.NoiseStep]] = deque(maxlen=noise.WINDOW)
         self._hooks = [o.register_step_post_hook(lambda *_: self._steps.gradients_are_used()) for o in self._optimizers]
         self._steps = Steps(self.streams, self._meter, self._collective, self.config)
+        self._spent = 0.0
+        self._noise_told = 0
         self._claimed: dict[str, list[Finding]] = {}
         self._past: dict[str, Past] = {}
         self._pace_of_trials = 0.0
@@ -202,6 +209,7 @@ class StreamMonitor(Joinable):
         Sync: none but for the sum of call n - `delay`, so that the host runs at most so many steps ahead; reading the
         result waits.
         """
+        begun = time.perf_counter()
         Join.notify_join_context(self)
         if epoch is not None:
             self.epoch = epoch
@@ -210,7 +218,9 @@ class StreamMonitor(Joinable):
         for name, mask in (present or {}).items():
             self.streams[name]
             numbers[keys.of_stream(name, keys.PRESENT)] = (mask.sum(), float(mask.numel()))
-        return self._step(numbers, samples, scaler)
+        figures = self._step(numbers, samples, scaler)
+        self._spent += time.perf_counter() - begun
+        return figures
 
     def _step(
         self,
@@ -429,11 +439,11 @@ class StreamMonitor(Joinable):
         Equal on every rank. Comm: none."""
         findings = self._engine.findings
         if self.config.rules is RuleSet.evidence:
-            return findings or [self._engine.nothing_found()]
-        if self.config.rules is RuleSet.off:
-            return findings
-        severity = self.config.rule_severity
-        return findings + guide.recommend(self.history, self.streams.user_names, self._settings(), severity=severity)
+            findings = findings or [self._engine.nothing_found()]
+        elif self.config.rules is RuleSet.guide:
+            names, severity = self.streams.user_names, self.config.rule_severity
+            findings += guide.recommend(self.history, names, self._settings(), severity=severity)
+        return self._worded(findings)
 
     def preflight(self) -> Preflight:
         """What does not train, after the first steps (50, say): frozen, absent from the optimizer, at learning rate 0,
@@ -555,16 +565,34 @@ class StreamMonitor(Joinable):
         self._noise.append(noise.steps_of(step))
         values = step.values()
         self.history.append(step.step, step.epoch, values)
-        standing = self._engine.take(step)
+        standing = self._worded(self._engine.take(step))
         self._remember(standing)
-        self._sink.write(Report("step", step.step, step.epoch, values, tuple(standing), step))
+        spent, self._spent = self._spent, 0.0
+        self._sink.write(Report("step", step.step, step.epoch, values, tuple(standing), step, spent))
+
+    def _worded(self, findings: Iterable[Finding]) -> list[Finding]:
+        return [finding.worded(self._wording) for finding in findings]
 
     def _record_epoch(self, values: Mapping[str, float]) -> None:
         self.flush()
+        values = {**values, **self._noise_figures()}
         self.history.append(self.calls, self.epoch, values)
         findings = self.get_recommendations()
         self._remember(findings)
         self._sink.write(Report("epoch", self.calls, self.epoch, values, tuple(findings)))
+
+    def _noise_figures(self) -> dict[str, float]:
+        """The noise scales that are determined, once for the same steps."""
+        if not self.config.local_gradients or self._noise_told == self.calls:
+            return {}
+        self._noise_told = self.calls
+        values: dict[str, float] = {}
+        for name, scale in self.noise_scale().items():
+            if scale.determined:
+                key = keys.of_stream(name, keys.NOISE_SCALE)
+                bounds = {keys.bound(key, keys.LOW): scale.low, keys.bound(key, keys.HIGH): scale.high}
+                values |= {key: scale.value, **bounds}
+        return values
 
     def _remember(self, findings: Iterable[Finding]) -> None:
         """Keep the latest finding of each rule, stream and rank for the outcome."""
@@ -626,6 +654,7 @@ def watch(
     name: str | None = None,
     run: Mapping[str, Any] | None = None,
     model_peers: Sequence[int] | None = None,
+    wording: Callable[[Action], str] = in_words,
 ) -> StreamMonitor:
     """A `StreamMonitor`, whose streams are printed on rank 0.
 
@@ -634,7 +663,14 @@ def watch(
     if sinks is None:
         sinks = [WandbSink()] if active_wandb_run() is not None else []
     monitor = StreamMonitor(
-        model, optimizer, streams, config=config, sinks=sinks, group=group, name=name, run=run, model_peers=model_peers
+        *(model, optimizer, streams),
+        config=config,
+        sinks=sinks,
+        group=group,
+        name=name,
+        run=run,
+        model_peers=model_peers,
+        wording=wording,
     )
     if monitor._collective.topology.rank == 0:
         print(monitor.inventory(), flush=True)

@@ -80,6 +80,9 @@ METRICS: tuple[Metric, ...] = (
     Metric(_x(keys.GRAD_POWER), "sum over tensors of |g| |w|, L2 norms", "loss", "`monitor.compute_gradient_power()`"),
     Metric(keys.SKIPPED, "1 where the GradScaler skips the step", "0 or 1", "the GradScaler, where there is one"),
     Metric(
+        keys.STOP, "ranks that are asked to end the job", "ranks", 'the application: "Stop run" of an online W&B run'
+    ),
+    Metric(
         keys.grad_ratio(_STREAM, _OTHER),
         "X_grad_norm / Y_grad_norm; nan where it means nothing (of features in `analyze_pathways`)",
         "1",
@@ -90,6 +93,13 @@ METRICS: tuple[Metric, ...] = (
         "sqrt(sum g^2) of rank R's own gradient, before the average; 16 ranks at most",
         "loss / weight",
         "`local_gradients=True`, under DDP",
+    ),
+    Metric(
+        _x(keys.NOISE_SCALE),
+        "tr(Sigma) / |G|^2 over the last 500 steps, at evaluations, where it is determined (McCandlish et al. 2018)",
+        "samples",
+        "`local_gradients=True` on 8 ranks and more",
+        True,
     ),
     Metric(_x(keys.UPDATE_NORM), "|w after - w before| of an optimizer step", "weight", "`update_every=N`"),
     Metric(_x(keys.UPDATE_RATIO), "X_update_norm / |w before|", "1", "`update_every=N`"),

@@ -171,6 +171,8 @@ def lightning(folder: str) -> dict[str, Any]:
 
     from ddp_streammon.adapters.lightning import StreamCallback
 
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
+
     class Lit(framework.LightningModule):
         def __init__(self, fails_at: int | None = None, net: nn.Module | None = None) -> None:
             super().__init__()
@@ -192,19 +194,32 @@ def lightning(folder: str) -> dict[str, Any]:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return optimizer_of(self)
 
+    class Manual(Lit):
+        """One backward pass, and two optimizers."""
+
+        automatic_optimization = False
+
+        def training_step(self, given: Batch, number: int) -> None:
+            self.manual_backward(super().training_step(given, number))
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self) -> Any:
+            rest = [*self.net.rgb.parameters(), *self.net.mix.parameters()]
+            return [torch.optim.SGD(own, LR) for own in (rest, self.net.depth.parameters())]
+
     def trainer(epochs: int = EPOCHS, **options: Any) -> Any:
         return framework.Trainer(
             accelerator="cpu",
             devices=2,
             strategy=DDPStrategy(process_group_backend="gloo"),
             max_epochs=epochs,
-            accumulate_grad_batches=ACCUMULATE,
-            gradient_clip_val=CLIP,
             log_every_n_steps=1,
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=folder,
-            **{"logger": False, "enable_checkpointing": False, **options},
+            **{"accumulate_grad_batches": ACCUMULATE, "gradient_clip_val": CLIP, **quiet, **options},
         )
 
     def fit(made: Any, module: Any, **options: Any) -> dict[str, int]:
@@ -239,19 +254,19 @@ def lightning(folder: str) -> dict[str, Any]:
             failure = "raised"
     scaler = torch.amp.GradScaler("cpu")
     half_precision = StreamCallback(STREAMS)
-    several, refused = SimpleNamespace(optimizers=[1, 2]), ""
+    one, several = StreamCallback(STREAMS), StreamCallback(STREAMS)
+    each = {"gradient_clip_val": None, "accumulate_grad_batches": 1}
     with printed():
         fit(trainer(1, callbacks=[half_precision], plugins=[MixedPrecision("16-mixed", "cpu", scaler)]), Lit())
-        try:
-            StreamCallback(STREAMS).on_train_start(several, None)
-        except ValueError as error:
-            refused = str(error)
+        fit(trainer(1, callbacks=[one], **each), by_one := Lit())
+        fit(trainer(1, callbacks=[several], **each), by_two := Manual())
     os.chdir(folder)
     loaders = {"train_loader": DataLoader(data(), BATCH), "val_loader": DataLoader(held_out(), 4)}
     return {
         "snippet": snippet("lightning", module=Lit(net=Towers()), **loaders),
         "scaled": figures(half_precision.running),
-        "refused": [refused],
+        "several": [figures(one.running), figures(several.running)],
+        "by_several": [weights(by_one.net), weights(by_two.net)],
         "plain": plain(strided(dist.get_rank()), divisor=ACCUMULATE),
         "figures": figures(callback.running),
         "counts": counts,

@@ -14,6 +14,7 @@ import gzip
 import json
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -62,6 +63,10 @@ class FakeWandb:
         self.unknown: list[str] = []
         self.views: list[dict[str, Any]] = []
         """What was saved of workspaces and reports."""
+        self.stop_requested = False
+        """Whether somebody has pressed "Stop run"."""
+        self.delay = 0.0
+        """Seconds before each answer."""
         self._artifacts: list[dict[str, Any]] = []
         self._lock = threading.RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -118,7 +123,7 @@ class FakeWandb:
             lines |= {chunk["offset"] + number: line for number, line in enumerate(chunk["content"])}
         if request.get("complete"):
             run.complete, run.exit_code = True, request.get("exitcode")
-        return 200, {"exitcode": None, "limits": {}, "stopped": False}
+        return 200, {"exitcode": None, "limits": {}, "stopped": self.stop_requested}
 
     def _graphql(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         named = re.search(r"(?:query|mutation)\s+(\w+)", request.get("query", ""))
@@ -158,7 +163,7 @@ class FakeWandb:
             "tags": [],
             "notes": None,
             "wandbConfig": json.dumps({"t": 1}),
-            "stopped": False,
+            "stopped": self.stop_requested,
             "files": {"edges": []},
         }
 
@@ -194,7 +199,7 @@ class FakeWandb:
         return {"upsertBucket": {"bucket": self._bucket(run), "inserted": run.upserts == 1}}
 
     def _do_RunStoppedStatus(self, variables: dict[str, Any]) -> Any:
-        return {"project": {"run": {"stopped": False}}}
+        return {"project": {"run": {"stopped": self.stop_requested}}}
 
     def _do_NotifyScriptableRunAlert(self, variables: dict[str, Any]) -> Any:
         self._run(variables["runName"]).alerts.append(variables)
@@ -287,7 +292,9 @@ def _handler(fake: FakeWandb) -> type[BaseHTTPRequestHandler]:
             return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
 
         def _answer(self) -> None:
-            status, answer = fake.answer(self.command, self.path, self._body())
+            body = self._body()
+            time.sleep(fake.delay)
+            status, answer = fake.answer(self.command, self.path, body)
             data = json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -101,6 +102,27 @@ class Broken(Dataset[tuple[Tensor, ...]]):
         if index == self.at:
             raise OSError(f"item {index} is torn")
         return self.items[index]
+
+
+class Drawing(Dataset[tuple[Tensor, ...]]):
+    """Reading an item draws a random number, as augmentation does."""
+
+    def __init__(self, items: Dataset[tuple[Tensor, ...]]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        first, *rest = self.items[index]
+        return first * torch.rand(()), *rest
+
+
+def drawing(**arguments: Any) -> StreamData:
+    """Synthetic data whose training items are augmented."""
+    data = synthetic(**arguments)
+    own = data.validation, None, data.streams, data.num_classes, data.train_eval, data.collate
+    return StreamData(Drawing(data.train), *own)
 
 
 def torn(at: int, **arguments: Any) -> StreamData:

@@ -24,7 +24,7 @@ ADVICE = finding(
     "S-GR",
     "info",
     stream="rgb",
-    action={"setting": "lr", "stream": "rgb", "value": 5e-4, "old": 1e-3},
+    action={"setting": "lr", "stream": "rgb", "value": 5e-4, "old": 1e-3, "how": "optim.streams.rgb.lr=0.0005"},
     likely="too high a rate",
     do="lower it",
     confirm="look at the ratio",
@@ -40,7 +40,7 @@ def run_record(streams: Sequence[str] = STREAMS, **config: Any) -> dict[str, Any
 
 def step_record(step: int, values: Mapping[str, Any], findings: Sequence[Any] = ()) -> dict[str, Any]:
     """One monitored step, in the epoch that its number says, of 100 steps."""
-    at = {"step": step, "epoch": float(step // 100), "time": 1e9 + 0.01 * step}
+    at = {"step": step, "epoch": float(step // 100), "time": 1e9 + 0.01 * step, "monitor_seconds": 2e-4}
     return {"type": "step", **at, "values": dict(values), "findings": list(findings)}
 
 
@@ -89,6 +89,7 @@ def epoch_values(step: int, streams: Sequence[str] = STREAMS) -> dict[str, Any]:
             with_interval(f"{stream}_{figure}", size * (1 - math.exp(-step / 300)), 0.1 * size)
         values |= {f"{stream}_val_uses_detectable": 0.05, f"{stream}_val_ablated": 0.9 * size, f"{stream}_lr": 1e-3}
         values |= {f"{stream}_val_acc": 0.8, f"{stream}_train_acc": 0.9, f"{stream}_weight_norm": 30.0 + number}
+        with_interval(f"{stream}_noise_scale", 1.2 * (step + 20.0 * number), step)
         values |= {f"{stream}_val_loss": 0.5, f"{stream}_train_loss": 0.4, f"{stream}_loss_gap": 0.1}
     with_interval(f"{streams[0]}_to_{streams[1]}_val_cover", 0.1, 0.05)
     return values

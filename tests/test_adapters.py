@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from html import unescape
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,9 @@ from torch import Tensor, nn
 from ddp_streammon import Action, Finding, Intent, MonitorConfig, Severity, watch
 from ddp_streammon.adapters.common import Guest, LoggerSink, MicroBatches, Words, change, declared, items_in
 from ddp_streammon.report import Report, RunInfo
+from ddp_streammon.sinks import HtmlSink, JsonlSink, read_jsonl
+from ddp_streammon.sinks.jsonl import reported
+from ddp_streammon.sinks.ledger import COLUMNS, Ledger
 from tests import adapted
 from tests.adapted import ACCUMULATE, CLIP, STEPS
 from tests.networks import STREAMS, network
@@ -122,7 +127,6 @@ def test_the_readmes_snippet_runs(training: tuple[str, list[Any]]) -> None:
 def test_what_a_framework_cannot_tell(training: tuple[str, list[Any]]) -> None:
     name, (first, _) = training
     if name == "lightning":
-        assert "found 2 optimizers: use streammon.watch" in first["refused"][0]
         assert first["scaled"]["loss"] == pytest.approx(first["figures"]["loss"][:3], rel=1e-2)
         for key in ("rgb_grad_norm", "depth_grad_norm", "shared_grad_norm"):
             assert first["scaled"][key] == pytest.approx(first["figures"][key][:3], rel=2e-2)
@@ -131,6 +135,17 @@ def test_what_a_framework_cannot_tell(training: tuple[str, list[Any]]) -> None:
             "clip_norm=0.05 needs TrainingArguments(max_grad_norm=0), or both clip",
             "a score needs one eval_dataset, got near, far",
         ]
+
+
+def test_lightnings_manual_optimization_with_two_optimizers(training: tuple[str, list[Any]]) -> None:
+    name, ranks = training
+    if name != "lightning":
+        pytest.skip("the others are given their optimizers")
+    for rank in ranks:
+        one, several = rank["several"]
+        assert len(one["loss"]) == 5 and several == one, "a backward pass is measured once"
+        pairs = zip(*map(dict.values, rank["by_several"]), strict=True)
+        assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
 def test_gradients_that_transformers_has_clipped_say_so(training: tuple[str, list[Any]]) -> None:
@@ -220,11 +235,24 @@ def test_every_second_steps_figures_are_logged_and_what_is_wrong_is_said_at_once
     assert capsys.readouterr().out == ""
 
 
-def test_a_printed_finding_ends_in_what_to_set(capsys: pytest.CaptureFixture[str]) -> None:
-    with Loop(STREAMS, config=MonitorConfig(intent=Intent(lr={"depth": 0.02}))) as loop:
+def test_a_finding_says_what_to_set_in_the_frameworks_words_wherever_it_goes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = JsonlSink(tmp_path / "log.jsonl")
+    sinks = (file, HtmlSink(tmp_path / "report.html"))
+    with Loop(STREAMS, config=MonitorConfig(intent=Intent(lr={"depth": 0.02})), sinks=sinks) as loop:
         loop.train([])
     assert "RATE: " in (printed := capsys.readouterr().out)
     assert "[param_groups[1]['lr']: 0.2 -> 0.02]\n" in printed and "optim.streams" not in printed
+    said = "param_groups[1]['lr']: 0.2 -> 0.02"
+    (found,) = [found for found in read_jsonl(file.path)[-1]["findings"] if found["rule"] == "RATE"]
+    assert found["action"]["how"] == said
+    text = unescape((tmp_path / "report.html").read_text()).replace("<wbr>", "")
+    assert said in text and "optim.streams" not in text
+    for_wandb = Ledger()
+    for report in reported(file.path):
+        for_wandb.rest(report.findings)
+    assert said in {row[COLUMNS.index("override")] for row in for_wandb.rows()}
 
 
 def test_a_guest_has_no_monitor_before_it_begins() -> None:

@@ -94,6 +94,7 @@ def test_every_step_is_in_the_jsonl_file(main_job: tuple[Path, str]) -> None:
     assert [record["step"] for record in steps] == list(range(1, 9))  # 1,200 items, 2 ranks of 128: 4 steps an epoch
     assert all(record["values"]["samples"] == 256 for record in steps)
     assert all(0 < record["values"]["fou_grad_norm"] < 100 for record in steps)
+    assert all(0 < record["monitor_seconds"] < 10 for record in steps)
     assert records[-1]["type"] == "outcome"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ddp_streammon.config import Intent, Severity
-from ddp_streammon.report import describe_action
+from ddp_streammon.report import as_override
 from ddp_streammon.rules import evidence
 from ddp_streammon.rules.finding import Finding
 from ddp_streammon.train.__main__ import composed
@@ -399,7 +399,7 @@ def test_every_action_is_an_override_that_the_application_takes(name: str) -> No
     for finding in by_step(name)[0].values():
         if finding.action is None:
             continue
-        override = describe_action(finding.action, "hydra")
+        override = as_override(finding.action)
         config = load(composed([override]))
         node: Any = config
         for part in override.split("=")[0].split("."):

@@ -103,7 +103,7 @@ def test_to_dict_is_plain() -> None:
         "rank": 3,
         "step": 8412,
         "evidence": {"ratio": 4.2, "threshold": 3.0},
-        "action": {"setting": "lr", "stream": "stream1", "value": 5e-5, "old": 1e-4},
+        "action": {"setting": "lr", "stream": "stream1", "value": 5e-5, "old": 1e-4, "how": ""},
         "since": 8412,
         "seen": full().seen,
         "likely": "",

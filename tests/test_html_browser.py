@@ -56,7 +56,7 @@ def test_everything_is_there_without_an_error_or_a_request(
         what: browser.run(f"{FIND} return all({what!r}).length;")
         for what in ("figure", "figure svg text", ".curve", ".band", ".whisker", ".estimate", ".outlier", ".finding")
     }
-    assert count["figure"] == 25 and count[".outlier"] == 1
+    assert count["figure"] == 26 and count[".outlier"] == 1
     assert count[".curve"] >= 40 and count[".band"] >= 15 and count[".whisker"] >= 12 and count[".finding"] >= 40
     assert count[".estimate"] == 16
     wide, tall, shift = browser.run(
@@ -107,6 +107,10 @@ def test_hovering_shows_the_values_of_that_step_in_every_picture(width: int, bro
     assert abs(step - 300) <= 4 and f"epoch {step // 100}" in at and "▼ S-GR rgb" in at
     assert values != before and all(float(value) > 0 for value in values)
     assert readout(browser, "Update ratio")[0] == at
+    noise = readout(browser, "Gradient noise scale")[1]
+    assert float(noise.split()[0]) == pytest.approx(360, rel=0.3) and "[" in noise
+    whole, of_monitor = map(float, readout(browser, "Step time")[1:])
+    assert (whole, of_monitor) == pytest.approx((0.01, 2e-4), rel=1e-3)
     bounds = readout(browser, "What the head uses: loss that an exchanged input costs")[1]
     assert "[" in bounds and "]" in bounds
     assert "visible" in browser.run(f"{FIND} return all('.cross').map((line) => line.getAttribute('visibility'));")

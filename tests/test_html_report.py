@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ddp_streammon import StreamMonitor
+from ddp_streammon.report import STOPPED
 from ddp_streammon.report import page as page_module
 from ddp_streammon.report.__main__ import main
 from ddp_streammon.report.curves import STRETCHES, Curve
@@ -186,6 +187,12 @@ def test_the_rules_own_beginning_of_a_finding_counts() -> None:
             *("ok", "no alarm from 31 rules", "Ended at step 5."),
         ),
         ([step_record(5, {}, [ADVICE]), outcome_record()], "ok", "no alarm", "1 note. Ended at step 5."),
+        (
+            [step_record(5, {}), outcome_record(STOPPED)],
+            "ok",
+            "no alarm",
+            "Stopped after step 5, as somebody had asked.",
+        ),
         ([step_record(5, {}), outcome_record(3)], "error", "The run failed; no alarm", "after step 5 (exit code 3)"),
         (
             [step_record(5, {}, [ADVICE, OUTLIER, finding("NF", "error", explained_by="OUTLIER")]), outcome_record(1)],
@@ -212,8 +219,14 @@ def test_pictures_are_drawn_of_what_there_is_and_of_nothing_else() -> None:
         *("When findings stood", "What the head uses, at the last evaluation"),
         *("Probe against use, at the last evaluation", "Loss of the whole model", "Gradient norm", "Update ratio"),
         *("Weight norm", "Accuracy of each stream alone", "Generalisation gap in the loss", "Shapley share", "aux"),
-        *("Streams that cover for each other", "Step time", "Gradient of each rank, before the average: depth"),
+        *(
+            "Streams that cover for each other",
+            "Step time",
+            "Gradient noise scale",
+            "Gradient of each rank, before the average: depth",
+        ),
     } <= drawn.keys()
+    assert [line["name"] for line in drawn["Step time"]["lines"]] == ["a step", "of it the monitor"]
     uses = drawn["What the head uses: loss that an exchanged input costs"]["lines"]
     assert [line["name"] for line in uses] == list(STREAMS)
     assert all(
@@ -305,7 +318,7 @@ def test_findings_are_told_with_evidence_and_override() -> None:
     text = Tags(page(story_of(*whole_run()))).visible
     for part in ("OUTLIER", "factor\xa04.5", "rank 2\xa0nan", "Likely too high a rate", "optim.streams.rgb.lr=0.0005"):
         assert part in text, part
-    own_loop = story_of({**run_record(), "config": {}}, epoch_record(4, {}, [ADVICE]))
+    own_loop = story_of(run_record(), epoch_record(4, {}, [{**ADVICE, "action": {**ADVICE["action"], "how": ""}}]))
     assert "parameter group 'rgb': lr 0.001 -> 0.0005" in Tags(page(own_loop)).visible
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ddp_streammon.config import Severity
+from ddp_streammon.report import STOPPED
 from ddp_streammon.rules.finding import Action, Finding
 from ddp_streammon.sinks.ledger import COLUMNS, MOST_ENTRIES, Ledger, Pace
 
@@ -40,7 +41,7 @@ def test_a_finding_of_steps_is_cleared_by_a_step_and_one_of_epochs_by_an_epoch()
 def test_a_row_has_the_latest_numbers_and_the_override() -> None:
     ledger = Ledger()
     ledger.take("step", 1, [found("a norm of 3")])
-    action = Action("lr", "rgb", 0.1, 0.2)
+    action = Action("lr", "rgb", 0.1, 0.2, how="optim.streams.rgb.lr=0.1")
     ledger.take("step", 2, [found("a norm of 4", rank=1, evidence={"norm": 4.0, "ratio": 0.5}, action=action)])
     first, second = table(ledger)  # another rank is another finding
     assert (first["finding"], first["cleared"], first["override"], first["evidence"]) == ("a norm of 3", 2, "", "")
@@ -54,6 +55,7 @@ def test_the_verdict_is_the_worst_finding_or_what_looked() -> None:
     ledger.take("epoch", 1, [CLEAR, found("a hint", severity=Severity.info)])
     assert ledger.verdict() == "no alarm from 25 rules"
     assert ledger.verdict(exit_code=1) == "the run failed; no alarm from 25 rules"
+    assert ledger.verdict(exit_code=STOPPED) == "the run was stopped; no alarm from 25 rules"
     assert [row["finding"] for row in table(ledger)] == ["a hint"]
     cause = found("⚠️ a cause", rule="B")
     ledger.take("epoch", 2, [found("a consequence", rule="A", explained_by="B"), cause])

@@ -134,12 +134,12 @@ def test_it_is_drawn_a_few_times_a_second_at_most() -> None:
 
 def test_findings_are_printed_once_above_the_panel_with_what_to_set() -> None:
     terminal = Terminal()
-    sink = LiveSink(terminal, action_style="hydra")
+    sink = LiveSink(terminal)
     sink.open(RUN)
     for _ in range(3):
         sink.write(EPOCH)
     sink.close(OUTCOME)
-    assert terminal.getvalue().count("[optim.streams.depth.weight_decay=0.05]") == 1
+    assert terminal.getvalue().count("[parameter group 'depth': weight_decay -> 0.05]") == 1
     assert "\x1b[?25h" in terminal.getvalue(), "the cursor is shown"
     assert terminal.getvalue().rindex("\x1b[?25l") < terminal.getvalue().index("\x1b[?25h"), "and never left hidden"
 

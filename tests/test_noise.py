@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_streammon import MonitorConfig, StreamMonitor
+from ddp_streammon import MonitorConfig, StreamMonitor, keys
 from ddp_streammon.noise import MIN_RANKS, MIN_STEPS, NoiseScale, NoiseStep, estimates, noise_scale, steps_of
 from ddp_streammon.ranks import LocalNorms, RankFacts
 from ddp_streammon.stats import StepStats, StreamStats
@@ -163,8 +163,18 @@ def _measured() -> tuple[dict[str, Any], dict[str, Any]]:
         loss.backward()
         monitor.step(loss=loss, samples=SAMPLES)
     without.step(samples=SAMPLES)
-    monitor.flush()
-    without.flush()
+    monitor.log_metrics(1.0, {})
+    without.log_metrics(1.0, {})
+    scales = monitor.noise_scale()
+    told = [
+        keys.bound(keys.of_stream(name, keys.NOISE_SCALE), which) for name in NAMES for which in (keys.LOW, keys.HIGH)
+    ]
+    assert [monitor.history.latest(key) for key in told] == [
+        bound for name in NAMES for bound in (scales[name].low, scales[name].high)
+    ]
+    assert monitor.history["rgb_noise_scale"] == [scales["rgb"].value] and "rgb_noise_scale" not in without.history
+    monitor.log_metrics(1.0, {})
+    assert len(monitor.history["rgb_noise_scale"]) == 1, "nothing new was measured"
     return monitor.noise_scale(), without.noise_scale()
 
 

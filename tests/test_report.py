@@ -9,7 +9,7 @@ import pytest
 
 from ddp_streammon import keys
 from ddp_streammon.history import History
-from ddp_streammon.report import Told, describe_action, display_name, gist, summary_text
+from ddp_streammon.report import Told, as_override, display_name, gist, in_words, summary_text, to_set
 from ddp_streammon.rules.finding import Action, Finding
 
 LINE = "=" * 70
@@ -107,17 +107,21 @@ def test_one_stream_is_compared_with_nobody() -> None:
 
 def test_actions_as_overrides_and_in_words() -> None:
     decay = Action(setting="weight_decay", stream="depth", value=0.05, old=0.02)
-    assert describe_action(decay, "hydra") == "optim.streams.depth.weight_decay=0.05"
-    assert describe_action(decay, "words") == "parameter group 'depth': weight_decay 0.02 -> 0.05"
+    assert as_override(decay) == "optim.streams.depth.weight_decay=0.05"
+    assert in_words(decay) == "parameter group 'depth': weight_decay 0.02 -> 0.05"
     shared = Action(setting="lr", stream="shared", value=1 / 30000, old=math.nan)
-    assert describe_action(shared, "hydra") == "optim.lr=3.333e-05"
-    assert describe_action(shared, "words") == "parameter group 'shared': lr -> 3.333e-05"
+    assert as_override(shared) == "optim.lr=3.333e-05"
+    assert in_words(shared) == "parameter group 'shared': lr -> 3.333e-05"
 
 
-def test_an_unknown_style_is_named_with_the_valid_ones() -> None:
-    style: Any = "yaml"
-    with pytest.raises(ValueError, match="action style must be one of words, hydra, got 'yaml'"):
-        describe_action(Action("lr", "rgb", 0.1, 0.2), style)
+def test_what_to_set_is_said_as_the_loop_says_it_else_in_words() -> None:
+    action = Action("lr", "rgb", 0.1, 0.2)
+    assert to_set(None) == "" and to_set(action) == in_words(action)
+    finding = Finding("too fast", rule="R", stream="rgb", action=action).worded(as_override)
+    assert to_set(finding.action) == "optim.streams.rgb.lr=0.1"
+    assert finding.action == action and finding.worded(in_words).action == action
+    plain = Finding("nothing to set", rule="R")
+    assert plain.worded(as_override) is plain
 
 
 def test_display_names_keep_the_users_spelling() -> None:

@@ -41,7 +41,7 @@ OVERFIT = Finding(
     stream="depth",
     evidence={"score": 1.5},
     do="increase it",
-    action=Action("weight_decay", "depth", 0.05, 0.02),
+    action=Action("weight_decay", "depth", 0.05, 0.02, how="optim.streams.depth.weight_decay=0.05"),
 )
 HINT = Finding("✓ Gradient ratio balanced (1.15)", rule="guide.ratio")
 NONFINITE = Finding("❌ 3 NaN", rule="nonfinite", severity=Severity.error, stream="rgb", rank=1, step=2)
@@ -155,12 +155,23 @@ def check_alerts(run: OfflineRun) -> None:
     assert (second["level"], second["title"]) == ("ERROR", "❌ 3 NaN")
 
 
+def tables(folder: Path) -> list[list[list[Any]]]:
+    """The tables of findings that the only run has logged, in their order."""
+    files = folder.glob("wandb/offline-run-*/files/media/table/findings_*.table.json")
+    logged = [json.loads(file.read_text()) for file in sorted(files, key=lambda file: int(file.name.split("_")[1]))]
+    assert {tuple(table["columns"]) for table in logged} <= {COLUMNS}
+    return [table["data"] for table in logged]
+
+
 def check_table(folder: Path) -> None:
+    """One when the first was raised, none for what came within five minutes, and one at the end."""
     override = "optim.streams.depth.weight_decay=0.05"
-    (file,) = folder.glob("wandb/offline-run-*/files/media/table/findings*.table.json")
-    table = json.loads(file.read_text())
-    assert tuple(table["columns"]) == COLUMNS
-    assert table["data"] == [
+    first, last = tables(folder)
+    assert [row[:5] for row in first] == [
+        [2, None, 1, "info", "guide.ratio"],
+        [2, None, 1, "warning", "guide.overfit"],
+    ]
+    assert last == [
         [2, 6, 1, "info", "guide.ratio", None, None, str(HINT), "", ""],
         [2, 6, 1, "warning", "guide.overfit", "depth", None, str(OVERFIT), "score=1.5", override],
         [2, None, 1, "error", "nonfinite", "rgb", 1, "❌ 3 NaN", "", ""],
@@ -182,9 +193,30 @@ def test_log_every_thins_steps_only(tmp_path: Path) -> None:
 
 
 def test_what_an_attempt_before_has_shown_is_not_shown_again(tmp_path: Path) -> None:
-    log_run(WandbSink(shown_until=2), step(1), step(2), epoch(1), step(3), epoch(2))
+    """The record of an attempt that was killed at step 3; the next one begins anew, and does all of it again."""
+    file = JsonlSink(tmp_path / "log.jsonl")
+    file.open(RUN)
+    for report in (step(1), step(2), epoch(1, HINT, OVERFIT), step(3)):
+        file.write(report)
+    sink = WandbSink(record=file.path)
+    log_run(sink, step(1), step(2), epoch(1, HINT, OVERFIT), step(3), step(4), epoch(2, OVERFIT))
     run = written(tmp_path / "wandb")
-    assert [row[STEP_AXIS] for row in run.history if STEP_AXIS in row] == [3, 4]
+    assert [row[STEP_AXIS] for row in run.history if STEP_AXIS in row] == [4, 4]
+    assert [alert["level"] for alert in run.alerts] == ["ERROR"], "of the outcome's finding, and of nothing known"
+    assert [row[:5] for row in tables(tmp_path)[-1]] == [
+        [2, 4, 1, "info", "guide.ratio"],
+        [2, None, 1, "warning", "guide.overfit"],
+        [2, None, 1, "error", "nonfinite"],
+    ]
+
+
+def test_what_an_attempt_before_has_alerted_of_is_not_alerted_soon_again(tmp_path: Path) -> None:
+    """A finding that had cleared before the restart, and the last alert of an attempt that has come to its end."""
+    file = JsonlSink(tmp_path / "log.jsonl")
+    log_run(file, epoch(1, OVERFIT), epoch(2))  # type: ignore[arg-type]
+    log_run(WandbSink(record=file.path), epoch(3, OVERFIT, NONFINITE))
+    assert written(tmp_path / "wandb").alerts == []
+    assert [row[:3] for row in tables(tmp_path)[-1]] == [[2, None, 2], [2, None, 1]]
 
 
 def test_of_many_ranks_three_numbers_are_shown(tmp_path: Path) -> None:
@@ -200,16 +232,21 @@ def test_of_many_ranks_three_numbers_are_shown(tmp_path: Path) -> None:
     assert over_ranks({"rgb_grad_norm": 1.0, "loss_rank0": 2.0}, STREAMS) == {}
 
 
-def test_a_finding_that_comes_and_goes_alerts_once_and_is_one_row(tmp_path: Path) -> None:
-    reports = [epoch(1, OVERFIT), epoch(2), epoch(3, OVERFIT), epoch(4)]
+def test_a_finding_that_comes_and_goes_alerts_once_and_is_one_row_of_a_table_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sink = WandbSink()
     sink.open(RUN)
-    for report in reports:
-        sink.write(report)
+    for seconds, reports in ((0.0, [epoch(1, OVERFIT), epoch(2), step(5)]), (60.0, [epoch(3, OVERFIT), epoch(4)])):
+        monkeypatch.setattr(sink_module, "TABLE_SECONDS", seconds)
+        for report in reports:
+            sink.write(report)
+    assert [[row[:3] for row in rows] for rows in tables(tmp_path)] == [[[2, None, 1]], [[2, 4, 1]]], "while it is on"
+    monkeypatch.setattr(sink_module, "TABLE_SECONDS", 0.0)
+    sink.write(step(9))
     sink.close(Outcome({}, (OVERFIT,), ""))
     assert len(written(tmp_path / "wandb").alerts) == 1
-    (file,) = tmp_path.glob("wandb/offline-run-*/files/media/table/findings*.table.json")
-    assert [row[:3] for row in json.loads(file.read_text())["data"]] == [[2, 8, 2]]
+    assert [[row[:3] for row in rows] for rows in tables(tmp_path)[2:]] == [[[2, 8, 2]]] * 2
 
 
 def test_an_active_run_is_logged_into_and_left_to_its_owner(tmp_path: Path) -> None:
@@ -268,8 +305,11 @@ def test_online_and_resumed_on_a_server(tmp_path: Path, monkeypatch: pytest.Monk
     with FakeWandb() as server:
         for name, value in server.env().items():
             monkeypatch.setenv(name, value)
-        sink = WandbSink(mode="online", project="p", run_id="r1")
+        server.stop_requested, asked = True, threading.Event()
+        sink = WandbSink(mode="online", project="p", run_id="r1", on_stop=asked.set)
         log_run(sink, step(1), step(2), epoch(1, OVERFIT))
+        assert asked.wait(5), "somebody has pressed stop"
+        server.stop_requested = False
         run = server.runs["r1"]
         assert run.complete and run.exit_code == 0 and sink.location.endswith("/p/runs/r1")
         assert [row[STEP_AXIS] for row in run.history if STEP_AXIS in row] == [1, 2, 2]
@@ -364,6 +404,36 @@ def test_a_server_that_refuses_costs_a_warning_and_a_wait(
     run = written(next((tmp_path / "wandb").glob("offline-run-*-r1")))
     assert run.run_id == "r1" and [row["train/loss"] for row in run.history if STEP_AXIS in row] == [1.0]
     assert seconds < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [6.0, 3600.0])
+def test_a_server_that_turns_slow_or_silent_delays_no_step_and_the_end_by_20_seconds_at_most(
+    seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each answer comes late from the middle of the run on; all rows are on disk whatever the server does."""
+    with FakeWandb() as server:
+        for name, value in server.env().items():
+            monkeypatch.setenv(name, value)
+        sinks = FanOut([WandbSink(mode="online", project="p", run_id="r1")])
+        sinks.open(RUN)
+        steps: list[float] = []
+        for number in range(1, 401):
+            if number == 100:
+                assert sinks.flush(5)
+                server.delay = seconds
+            begun = time.monotonic()
+            sinks.write(step(number) if number % 20 else epoch(number // 2, OVERFIT))
+            steps.append(time.monotonic() - begun)
+            time.sleep(0.05)  # 15 s under the slow server: W&B sends what it has every 15 s
+        begun = time.monotonic()
+        sinks.close(OUTCOME)
+        ended = time.monotonic() - begun
+        server.delay = 0.0
+    assert max(steps[100:]) < 0.5, f"with a server that answers at once it was at most {max(steps[:99])}"
+    assert ended < 20.5
+    run = written(next((tmp_path / "wandb").glob("run-*-r1")))
+    assert [row[STEP_AXIS] for row in run.history if STEP_AXIS in row] == list(range(1, 401))
 
 
 def test_a_run_of_our_own_is_logged_and_finished_in_a_thread_of_its_own(tmp_path: Path) -> None:

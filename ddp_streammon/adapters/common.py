@@ -16,7 +16,7 @@ from ddp_streammon.config import MonitorConfig, Severity
 from ddp_streammon.evaluation import Items, Score
 from ddp_streammon.evaluation.scores import classified, split_batch
 from ddp_streammon.monitor import StreamMonitor, watch
-from ddp_streammon.report import Outcome, Report, RunInfo, Sink, Told
+from ddp_streammon.report import Outcome, Report, RunInfo, Sink, Told, to_set
 from ddp_streammon.rules.finding import Action, Finding
 from ddp_streammon.streams import StreamLike
 
@@ -57,10 +57,10 @@ def change(action: Action, monitor: StreamMonitor, optimizers: Iterable[Optimize
     return f"{action.setting}={value} for {action.stream!r} in a parameter group of its own ({words.groups}){beside}"
 
 
-def sentence(finding: Finding, monitor: StreamMonitor, optimizers: Iterable[Optimizer], words: Words) -> str:
-    """All that a finding says, its action in the framework's words."""
-    action = "" if finding.action is None else f" [{change(finding.action, monitor, optimizers, words)}]"
-    return f"{finding.severity.value} {finding.rule}: {finding.told()}{action}"
+def sentence(finding: Finding) -> str:
+    """All that a finding says, with what to set."""
+    what = to_set(finding.action)
+    return f"{finding.severity.value} {finding.rule}: {finding.told()}{f' [{what}]' if what else ''}"
 
 
 class LoggerSink:
@@ -206,7 +206,7 @@ class Guest:
         self._optimizers, self._main, self._undo = tuple(optimizers), main, undo
         sinks = [*self._sinks, LoggerSink(log, self._say, every)]
         config = declared(self._config, **intent)
-        self.monitor = watch(model, self._optimizers, self._streams, config=config, sinks=sinks)
+        self.monitor = watch(model, self._optimizers, self._streams, config=config, sinks=sinks, wording=self._change)
         self._open = True
         if saved:
             self.monitor.load_state_dict(saved)
@@ -232,8 +232,11 @@ class Guest:
             for finding in self.running.get_recommendations():
                 self._say(finding)
 
+    def _change(self, action: Action) -> str:
+        return change(action, self.running, self._optimizers, self.words)
+
     def _say(self, finding: Finding) -> None:
-        print(sentence(finding, self.running, self._optimizers, self.words), flush=True)
+        print(sentence(finding), flush=True)
 
 
 def of_logits() -> Score:

@@ -21,7 +21,7 @@ class StreamCallback(Guest, Callback):  # type: ignore[misc]
     Measures in `on_before_optimizer_step`: once an accumulation, unscaled, before clipping. Figures go to the trainer's
     loggers every `log_every_n_steps`, findings to the terminal. With a `score` each validation of `fit` evaluates the
     first validation loader. Its state is in the checkpoint; it is closed when `fit` ends, also by an exception.
-    Errors: ValueError for several optimizers.
+    With several optimizers (manual optimization) it measures at the first one's step after each backward pass.
     """
 
     words = Words(groups="configure_optimizers", clip="Trainer(gradient_clip_val)")
@@ -29,11 +29,6 @@ class StreamCallback(Guest, Callback):  # type: ignore[misc]
     _items: int | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if len(trainer.optimizers) != 1:
-            raise ValueError(
-                f"StreamCallback measures at the optimizer's step and found {len(trainer.optimizers)} optimizers: use "
-                "streammon.watch, and call monitor.step after the backward pass of your choice"
-            )
         by_value = str(trainer.gradient_clip_algorithm).endswith("value")
         steps = trainer.estimated_stepping_batches
         self._begin(
@@ -57,7 +52,8 @@ class StreamCallback(Guest, Callback):  # type: ignore[misc]
         self._micro.mean(unscaled * trainer.accumulate_grad_batches, self._items)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self._step(scaler=getattr(trainer.precision_plugin, "scaler", None), epoch=trainer.current_epoch)
+        if self._micro:
+            self._step(scaler=getattr(trainer.precision_plugin, "scaler", None), epoch=trainer.current_epoch)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 from ddp_streammon import keys
 from ddp_streammon.history import History
@@ -14,8 +14,9 @@ from ddp_streammon.rules.finding import Action, Finding
 from ddp_streammon.stats import StepStats
 
 ReportKind = Literal["step", "epoch"]
-ActionStyle = Literal["words", "hydra"]
 
+STOPPED = 255
+"""Exit code, for the records, of a run that somebody has asked to stop: W&B shows it as killed, others as failed."""
 _LINE = "=" * 70
 _UNDEFINED = "undefined"
 _OVERFIT_FACTOR = 1.5
@@ -42,6 +43,8 @@ class Report:
     """Everything that stands now, whether or not an earlier report had it too."""
     stats: StepStats | None = None
     """Of a step: all that the rules saw of it."""
+    monitor_seconds: float | None = None
+    """Of a step: what the calls of `StreamMonitor.step` since the report before have taken on rank 0's host."""
 
 
 @dataclass(frozen=True)
@@ -112,19 +115,21 @@ class Told:
         return news
 
 
-def describe_action(action: Action, style: ActionStyle) -> str:
-    """The change as a Hydra override of the application, or in words for a loop of one's own.
+def as_override(action: Action) -> str:
+    """The change as a Hydra override of the application: `optim.streams.depth.weight_decay=0.05`."""
+    owner = "optim" if action.stream == keys.SHARED else f"optim.streams.{action.stream}"
+    return f"{_TRAINER.get(action.setting, owner)}.{action.setting}={action.value:.4g}"
 
-    `optim.streams.depth.weight_decay=0.05` or `parameter group 'depth': weight_decay 0.02 -> 0.05`.
-    """
-    if style == "hydra":
-        owner = "optim" if action.stream == keys.SHARED else f"optim.streams.{action.stream}"
-        owner = _TRAINER.get(action.setting, owner)
-        return f"{owner}.{action.setting}={action.value:.4g}"
-    if style == "words":
-        old = "" if math.isnan(action.old) else f"{action.old:.4g} "
-        return f"parameter group {action.stream!r}: {action.setting} {old}-> {action.value:.4g}"
-    raise ValueError(f"action style must be one of {', '.join(get_args(ActionStyle))}, got {style!r}")
+
+def in_words(action: Action) -> str:
+    """The change for a loop of one's own: `parameter group 'depth': weight_decay 0.02 -> 0.05`."""
+    old = "" if math.isnan(action.old) else f"{action.old:.4g} "
+    return f"parameter group {action.stream!r}: {action.setting} {old}-> {action.value:.4g}"
+
+
+def to_set(action: Action | None) -> str:
+    """What to set, as the watched loop says it, else in words; empty where there is nothing to set."""
+    return "" if action is None else action.how or in_words(action)
 
 
 def display_name(stream: str) -> str:

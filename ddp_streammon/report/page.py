@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_streammon import keys
-from ddp_streammon.report import describe_action
+from ddp_streammon.report import to_set
 from ddp_streammon.report.panels import colour, drawing, last_value
 from ddp_streammon.report.story import Story, Told, floats
 from ddp_streammon.report.verdict import plain, verdict
@@ -166,7 +166,7 @@ def _row(told: Told, story: Story) -> str:
         ("rank", escape("" if found.get("rank") is None else str(found["rank"]))),
         ("what", f"<p>{escape(plain(found['finding']))}</p>{advice}"),
         ("evidence", evidence),
-        ("override", _code(override(found, story))),
+        ("override", _code(override(found))),
     )
     return (
         f'<tr class="{told.severity}">' + "".join(f'<td data-h="{head}">{cell}</td>' for head, cell in cells) + "</tr>"
@@ -179,16 +179,15 @@ def _code(text: str) -> str:
     return f"<code>{breakable}</code>" if text else ""
 
 
-def override(found: Mapping[str, Any], story: Story) -> str:
-    """The finding's action: an override where the run is the application's, else in words. Empty if it is no action."""
+def override(found: Mapping[str, Any]) -> str:
+    """What the finding's action sets, in the run's own words. Empty if it is no action."""
     action: Any = found.get("action")
-    config: Any = story.runs[-1].get("config") if story.runs else None
     try:
         numbers = {name: floats(action)[name] for name in ("value", "old")}
-        parsed = Action(setting=str(action["setting"]), stream=str(action["stream"]), **numbers)
-    except (KeyError, TypeError):
+        how = str(action.get("how", ""))
+        return to_set(Action(setting=str(action["setting"]), stream=str(action["stream"]), **numbers, how=how))
+    except (AttributeError, KeyError, TypeError):
         return ""
-    return describe_action(parsed, "hydra" if isinstance(config, Mapping) and "optim" in config else "words")
 
 
 def _number(value: float) -> str:

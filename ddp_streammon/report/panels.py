@@ -205,19 +205,22 @@ def _rules_of(story: Story, stream: str | None, rank: int) -> list[str]:
 
 
 def _pace(story: Story) -> dict[str, Any] | None:
-    points = _points(story.step_times)
+    points, cost = _points(story.step_times), _points(story.monitor_times)
     if not points["x"]:
         return None
     return {
         "kind": "lines",
         "title": "Step time",
         "unit": "seconds",
-        "note": "Between the records of two steps, over the steps between them; without evaluations, and with what the "
-        "monitor costs. A level that rises is a loader or a machine that slows down; single peaks are checkpoints. "
-        "Logarithmic.",
+        "note": "Between the records of two steps, over the steps between them, without evaluations; and of it what "
+        "the monitor takes on rank 0's host. A level that rises is a loader or a machine that slows down; single peaks "
+        "are checkpoints. Where the monitor's line is near the other, say monitor.every=10. Logarithmic.",
         "log": True,
         "zero": False,
-        "lines": [{"name": "a step", "c": "full", "mark": -1, "dash": False, **points}],
+        "lines": [
+            {"name": "a step", "c": "full", "mark": -1, "dash": False, **points},
+            *([{"name": "of it the monitor", "c": keys.SHARED, "mark": -1, "dash": True, **cost}] if cost["x"] else []),
+        ],
     }
 
 

@@ -94,6 +94,15 @@ PICTURES = (
         zero=True,
     ),
     Picture(
+        "Gradient noise scale",
+        "samples",
+        "About how many samples a batch can have before more of them add little: one far below it is noisy, one far "
+        "above it wastes samples. It usually grows as the loss falls. Over the last 500 steps, with its 95 % interval; "
+        "from local gradients of 8 ranks and more. Logarithmic.",
+        (Line(keys.NOISE_SCALE),),
+        log=True,
+    ),
+    Picture(
         "Update ratio",
         "norm of the change / norm of the weights, a step",
         "How fast the optimizer really moves a stream. About 0.001 is usual, above 0.1 is too fast, 0 is frozen, "
@@ -219,7 +228,7 @@ WHISKERS = (
 
 _OF_STREAMS = {line.figure for part in (*PICTURES, *WHISKERS) for line in part.lines if line.of in ("streams", "full")}
 _BOUNDS = (keys.LOW, keys.HIGH, keys.DETECTABLE)
-_NO_PICTURE = {"samples", "correct", keys.EPOCH, keys.SKIPPED, keys.WEIGHT_NORM_RATIO}
+_NO_PICTURE = {"samples", "correct", keys.EPOCH, keys.SKIPPED, keys.STOP, keys.WEIGHT_NORM_RATIO}
 
 
 def is_shown(key: str, streams: Sequence[str]) -> bool:

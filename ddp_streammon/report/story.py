@@ -69,6 +69,8 @@ class Story:
     all_clear: str = ""
     step_times: Curve = field(default_factory=Curve)
     """Seconds a step, by the times at which records were written."""
+    monitor_times: Curve = field(default_factory=Curve)
+    """Of them what `StreamMonitor.step` takes on rank 0's host."""
     last_step: int = 0
     last_time: float = math.nan
     _unshown: set[str] = field(default_factory=set)
@@ -97,7 +99,7 @@ class Story:
             if _is_number(record.get("epoch")):
                 self.epochs.add(step, record["epoch"])
             if kind == "step":
-                self._take_time(step, record.get("time"))
+                self._take_time(step, record.get("time"), record.get("monitor_seconds"))
                 self._take_ranks(step, record.get("measured"))
             else:
                 self._before = None  # an evaluation is no step
@@ -130,11 +132,14 @@ class Story:
         curve = self.curves[key] = Curve()
         return curve
 
-    def _take_time(self, step: int, time: Any) -> None:
+    def _take_time(self, step: int, time: Any, of_monitor: Any) -> None:
         if not _is_number(time):
             return
         if self._before is not None and step > self._before[0]:
-            self.step_times.add(step, max(0.0, time - self._before[1]) / (step - self._before[0]))
+            steps = step - self._before[0]
+            self.step_times.add(step, max(0.0, time - self._before[1]) / steps)
+            if _is_number(of_monitor) and of_monitor > 0:
+                self.monitor_times.add(step, of_monitor / steps)
         self._before = (step, time)
 
     def _take_ranks(self, step: int, measured: Any) -> None:

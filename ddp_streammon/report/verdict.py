@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddp_streammon.config import Severity
+from ddp_streammon.report import STOPPED
 from ddp_streammon.report.story import Story
 
 
@@ -30,7 +31,7 @@ def verdict(story: Story) -> Verdict:
         sentence = plain(worst.latest["finding"])
         over = "" if worst.stands else f"It stood until step {worst.spans[-1][1]:,}. "
         return Verdict(worst.severity, f"{worst.latest.get('rule')}: {sentence}", f"{over}{rest}. {ended}")
-    if story.outcome is not None and story.outcome.get("exit_code"):
+    if story.outcome is not None and story.outcome.get("exit_code") not in (None, 0, STOPPED):
         return Verdict("error", f"The run failed; {_clear(story)}", f"{rest}. {ended}" if rest else ended)
     if not story.last_step:
         return Verdict("info", "Nothing was measured", ended)
@@ -53,6 +54,8 @@ def ending(story: Story) -> str:
     if story.outcome is None:
         return f"No end is recorded: it goes on, or was killed; last record at step {story.last_step:,}."
     code = story.outcome.get("exit_code")
+    if code == STOPPED:
+        return f"Stopped after step {story.last_step:,}, as somebody had asked."
     return (
         f"It failed after step {story.last_step:,} (exit code {code})."
         if code

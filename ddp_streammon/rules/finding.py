@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ddp_streammon.config import Severity
@@ -21,6 +21,8 @@ class Action:
     """What to set it to."""
     old: float
     """What it is now."""
+    how: str = field(default="", compare=False)
+    """The same as the loop says it that is watched, such as an override of the application; filled by the monitor."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,13 @@ class Finding(str):
     def explained_by(self) -> str | None:
         return self.fields.explained_by
 
+    def worded(self, wording: Callable[[Action], str]) -> Finding:
+        """The same, its action's `how` as `wording` says it."""
+        if self.action is None:
+            return self
+        action = replace(self.action, how=wording(self.action))
+        return Finding(str(self), **vars(self.fields) | {"action": action})
+
     def told(self) -> str:
         """Everything that it says, in one line."""
         parts = (("Likely", self.likely), ("Do", self.do), ("Confirm", self.confirm))
@@ -172,7 +181,7 @@ SCHEMA: Mapping[str, Any] = {
         "action": {
             "type": ["object", "null"],
             "required": ["setting", "stream", "value", "old"],
-            "properties": {"setting": _TEXT, "stream": _TEXT, "value": _NUMBER, "old": _NUMBER},
+            "properties": {"setting": _TEXT, "stream": _TEXT, "value": _NUMBER, "old": _NUMBER, "how": _TEXT},
         },
     },
     "additionalProperties": False,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TextIO, get_args
+from typing import TextIO
 
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
-from ddp_streammon.report import ActionStyle, Outcome, Report, RunInfo, Told, describe_action
+from ddp_streammon.report import Outcome, Report, RunInfo, Told, to_set
 from ddp_streammon.rules.finding import Finding
 
 _COLUMNS = (
@@ -35,13 +35,9 @@ class ConsoleSink:
     in_callers_thread = True
     """The lines keep their place among the loop's own prints, which a stalled terminal would hold up as well."""
 
-    def __init__(self, stream: TextIO | None = None, action_style: ActionStyle = "words") -> None:
-        """`stream`: standard output unless given. Raises ValueError for an unknown `action_style`."""
-        if action_style not in get_args(ActionStyle):
-            valid = ", ".join(get_args(ActionStyle))
-            raise ValueError(f"console action_style must be one of {valid}, got {action_style!r}")
+    def __init__(self, stream: TextIO | None = None) -> None:
+        """`stream`: standard output unless given."""
         self._stream = stream
-        self._style: ActionStyle = action_style
         self._streams: tuple[str, ...] = ()
         self._told = Told()
         self._last_step: Mapping[str, float] = {}
@@ -79,9 +75,8 @@ class ConsoleSink:
             self._print(outcome.text)
 
     def _sentence(self, finding: Finding) -> str:
-        if finding.action is None:
-            return str(finding)
-        return f"{finding} [{describe_action(finding.action, self._style)}]"
+        change = to_set(finding.action)
+        return f"{finding} [{change}]" if change else str(finding)
 
     def _print(self, *lines: str) -> None:
         if lines:

@@ -51,7 +51,8 @@ class HtmlSink:
         ranks = () if report.stats is None else report.stats.rank_facts
         times = [{"rank": r.rank, "step_seconds": r.step_seconds, "busy_seconds": r.busy_seconds} for r in ranks]
         measured = {"rank_facts": times}
-        self._add(report.kind, report.step, report.epoch, values=report.values, findings=found, measured=measured)
+        told = {"findings": found, "measured": measured, "monitor_seconds": report.monitor_seconds}
+        self._add(report.kind, report.step, report.epoch, values=report.values, **told)
 
     def close(self, outcome: Outcome) -> None:
         """Write the file."""

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from io import FileIO
 from pathlib import Path
@@ -21,10 +22,11 @@ class JsonlSink:
     """Appends to a file, each record written at once, so that a killed job loses at most the line in work.
 
     A record is `{"type": "run" | "step" | "epoch" | "outcome", "step", "epoch", "time" (of writing, unix seconds),
-    "attempt", "values", "findings"}`; `run` also has `name`, `streams`, `config` and `inventory`, `outcome` also has
-    `text` and `exit_code`. A resumed run appends a `run` record of its own, and its records have the next number as
-    their `attempt` (the first is 0). nan and infinities are the strings "NaN", "Infinity" and "-Infinity", which
-    `read_jsonl` turns back.
+    "attempt", "values", "findings"}`; `step` also has `measured` (what the rules saw) and `monitor_seconds` (what calls
+    of `StreamMonitor.step` have taken on rank 0 since the record before), `run` also `name`, `streams`, `config` and
+    `inventory`, `outcome` also `text` and `exit_code`. A resumed run appends a `run` record of its own, and its records
+    have the next number as their `attempt` (the first is 0). nan and infinities are the strings "NaN", "Infinity" and
+    "-Infinity", which `read_jsonl` turns back.
     """
 
     def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
@@ -70,7 +72,11 @@ class JsonlSink:
     def write(self, report: Report) -> None:
         """Append the report."""
         record = _record(report.kind, report.step, report.epoch, report.values, report.findings)
-        self._append(record if report.stats is None else record | {"measured": report.stats.to_dict()})
+        if report.stats is not None:
+            record["measured"] = report.stats.to_dict()
+        if report.monitor_seconds is not None:
+            record["monitor_seconds"] = report.monitor_seconds
+        self._append(record)
 
     def close(self, outcome: Outcome) -> None:
         """Append the outcome and close the file."""
@@ -136,9 +142,24 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             place += len(line)
 
 
-def last_step(path: Path) -> int:
-    """The largest step that the record of a run holds; 0 without one."""
-    return max((record.get("step") or 0 for _, record in _lines(path)), default=0) if path.exists() else 0
+@dataclass(frozen=True)
+class Reported:
+    """What a record says was found, and when it was written."""
+
+    kind: str
+    step: int
+    """0 where the record is of no step."""
+    time: float
+    findings: tuple[Finding, ...]
+
+
+def reported(path: Path) -> Iterator[Reported]:
+    """The reports and outcomes of a file, in their order; nothing of a file that is not there."""
+    for _, record in _lines(path) if path.is_file() else ():
+        if record.get("type") in ("step", "epoch", "outcome"):
+            found = _restored({"values": {}, "findings": record["findings"]})["findings"]
+            findings = tuple(map(Finding.from_dict, found))
+            yield Reported(record["type"], record["step"] or 0, record["time"], findings)
 
 
 def _last_attempt(path: Path) -> int:

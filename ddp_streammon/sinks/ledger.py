@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from ddp_streammon.config import Severity
-from ddp_streammon.report import ReportKind, describe_action, gist
+from ddp_streammon.report import STOPPED, ReportKind, gist, to_set
 from ddp_streammon.report.story import ALL_CLEAR
 from ddp_streammon.report.verdict import plain
 from ddp_streammon.rules.finding import Finding
@@ -39,13 +39,15 @@ class Entry:
         found = self.finding
         evidence = ", ".join(f"{name}={value:.4g}" for name, value in found.evidence.items())
         head = [self.raised, self.cleared, self.times, found.severity.value, found.rule, found.stream, found.rank]
-        return [*head, str(found), evidence, override(found)]
+        return [*head, str(found), evidence, to_set(found.action)]
 
 
 class Ledger:
     """Filled report by report (`take`)."""
 
     def __init__(self) -> None:
+        self.changes = 0
+        """How often something was raised or cleared."""
         self._entries: dict[Hashable, Entry] = {}
         self._all_clear = ""
 
@@ -56,6 +58,7 @@ class Ledger:
         for key, entry in self._entries.items():
             if key not in now and entry.cleared is None and entry.by_step == (kind == "step"):
                 entry.cleared = step
+                self.changes += 1
         return news
 
     def rest(self, findings: Iterable[Finding]) -> list[Finding]:
@@ -70,7 +73,7 @@ class Ledger:
     def verdict(self, exit_code: int = 0) -> str:
         """A run in one line: the worst of what was found, or what looked and found nothing. Never "healthy"."""
         alarms = [entry for entry in self._entries.values() if entry.level >= Severity.warning.level]
-        failed = "the run failed; " if exit_code else ""
+        failed = {0: "", STOPPED: "the run was stopped; "}.get(exit_code, "the run failed; ")
         if not alarms:
             return f"{failed}{self._all_clear or 'no alarm'}"
         worst = min(alarms, key=lambda one: (-one.level, one.finding.explained_by is not None, one.raised or 0))
@@ -94,16 +97,13 @@ class Ledger:
             if len(self._entries) >= MOST_ENTRIES:
                 return False
             self._entries[key] = Entry(finding, step, by_step)
+            self.changes += 1
             return True
         is_back = entry.cleared is not None
         entry.finding, entry.by_step, entry.cleared = finding, entry.by_step or by_step, None
         entry.times += is_back
+        self.changes += is_back
         return is_back
-
-
-def override(finding: Finding) -> str:
-    """The override that carries a finding's action out; empty where there is nothing to set."""
-    return "" if finding.action is None else describe_action(finding.action, "hydra")
 
 
 @dataclass

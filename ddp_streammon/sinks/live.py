@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
-from ddp_streammon.report import ActionStyle, Outcome, Report, RunInfo, Sink, gist
+from ddp_streammon.report import Outcome, Report, RunInfo, Sink, gist
 from ddp_streammon.report.curves import Curve
 from ddp_streammon.rules.finding import Finding
 from ddp_streammon.sinks.console import ConsoleSink
@@ -66,9 +66,9 @@ def fits(stream: TextIO) -> bool:
     return terminal and unicode and importlib.util.find_spec("rich") is not None
 
 
-def terminal_sink(action_style: ActionStyle = "words") -> Sink:
+def terminal_sink() -> Sink:
     """The panel where standard output is a terminal that fits, else plain lines."""
-    return LiveSink(action_style=action_style) if fits(sys.stdout) else ConsoleSink(action_style=action_style)
+    return LiveSink() if fits(sys.stdout) else ConsoleSink()
 
 
 @dataclass
@@ -221,15 +221,13 @@ class LiveSink(ConsoleSink):
     def __init__(
         self,
         stream: TextIO | None = None,
-        action_style: ActionStyle = "words",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`stream`: a terminal; standard output unless given. Raises ValueError for an unknown `action_style`, and
-        ModuleNotFoundError without rich."""
+        """`stream`: a terminal; standard output unless given. Raises ModuleNotFoundError without rich."""
         import rich.console
         import rich.live
 
-        super().__init__(stream, action_style)
+        super().__init__(stream)
         own = stream is None or stream is sys.stdout
         self._console = rich.console.Console(
             file=stream or sys.stdout, force_terminal=True, highlight=False, emoji=False

@@ -10,16 +10,17 @@ import secrets
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
-from ddp_streammon.report import Outcome, Report, RunInfo
+from ddp_streammon.report import Outcome, Report, RunInfo, to_set
 from ddp_streammon.rules.finding import Finding
-from ddp_streammon.sinks.ledger import COLUMNS, Ledger, Pace, override
+from ddp_streammon.sinks.jsonl import reported
+from ddp_streammon.sinks.ledger import COLUMNS, Ledger, Pace
 
 MODES = ("auto", "disabled", "offline", "online")
 STEP_AXIS = "trainer/step"
@@ -29,11 +30,13 @@ EPOCH_SECTIONS = ("overfit", "probe", "health")
 """What is drawn over epochs; all else over steps."""
 FINDINGS = "findings"
 """The key of the table."""
-_AXIS_NAMES = frozenset({keys.EPOCH, "step"})
+_NOT_SHOWN = frozenset({keys.EPOCH, keys.STOP, "step"})
 _ALERT_LEVELS = {Severity.warning: "WARN", Severity.error: "ERROR"}
 _TITLE_LENGTH = 60
 """W&B wants less than 64 characters."""
 _VERDICT_LENGTH = 300
+TABLE_SECONDS = 300.0
+"""The table of findings is written so often at most while the run is on: each is an artifact of its own."""
 _INIT_SECONDS = 20
 """How long a server may keep rank 0 (and, at the next collective, everybody) waiting."""
 _EXTRA_SETTINGS = {"finish_timeout": 15, "x_transaction_log_flush_interval": 1}
@@ -53,7 +56,8 @@ class WandbSink:
     that he commits) or, as W&B advises, an axis of his own by `define_metric`.
 
     W&B shows at most 20 figures a stream (`keys.wandb_key`), the JSONL record has all; beside them the verdict in one
-    line (`health/verdict`), with the last rows a table `findings`, and alerts at `Pace`, with the override in the text.
+    line (`health/verdict`), a table `findings`, written anew when one is raised or cleared, at most every
+    `TABLE_SECONDS`, and with the last rows, and alerts at `Pace`, with the override in the text.
 
     A run of our own resumes by its id: keep `run_id` in the checkpoint and pass it back. A server that cannot
     be reached is one warning and an offline run, which `wandb sync` uploads later.
@@ -72,13 +76,17 @@ class WandbSink:
         log_every: int = 1,
         alerts: bool | None = None,
         join_rows: bool = False,
-        shown_until: int = 0,
+        record: str | Path | None = None,
+        on_stop: Callable[[], None] | None = None,
     ) -> None:
         """ImportError without wandb, ValueError for a bad mode or `log_every`, OSError for a bad folder.
 
         `mode`: `disabled` does nothing, in an active run neither; `auto` is `WANDB_MODE`, else online where
         an API key is found, else offline. `log_every`: log every n-th step report (epoch reports always).
-        `shown_until`: the step up to which an attempt before this one has shown rows; those are not shown again.
+        `record`: the JSONL file of the same run, before its own sink is opened: rows, findings and alerts of the steps
+        that it holds were shown by the attempts before this one, and are not shown again.
+        `on_stop` is called, in a thread of W&B's, within 15 s after somebody has pressed "Stop run" in W&B's page of a
+        run of our own; None: W&B interrupts this process (KeyboardInterrupt), and no other rank.
         `alerts`: None means from a run of our own only. `name`: else the monitor's. `dir`: else `WANDB_DIR`, else
         the run directory.
         """
@@ -94,7 +102,7 @@ class WandbSink:
         self._log_every = log_every
         self._alerts = alerts
         self._commit = False if join_rows else None
-        self._shown_until = shown_until
+        self._on_stop = on_stop
         self.run_id = run_id or secrets.token_hex(4)
         """W&B's id of the run, for the checkpoint; that of the active run after `open`."""
         self.location = ""
@@ -107,6 +115,11 @@ class WandbSink:
         self._shown: dict[str, str | None] = {}
         self._ledger = Ledger()
         self._pace = Pace()
+        self._shown_until: dict[str, int] = {}
+        if record is not None:
+            self._remember(Path(record))
+        self._tabled = self._ledger.changes, -math.inf
+        """How many changes the last table held, and when it was written."""
 
     def open(self, run: RunInfo) -> None:
         """Take the active run or make one; declare the axes."""
@@ -131,6 +144,11 @@ class WandbSink:
                 self._run.define_metric(f"{section}/*", step_metric=axis)
 
     @property
+    def is_online(self) -> bool:
+        """Whether a run of our own is to be on a server."""
+        return self._mode == "online"
+
+    @property
     def in_callers_thread(self) -> bool:
         """An active run is logged into where its owner logs: rows that he has begun are not committed by another."""
         return self._run is not None and not self._owned
@@ -139,11 +157,17 @@ class WandbSink:
         """Log the values (step reports thinned by `log_every`) and send the alerts."""
         if self._run is None:
             return
-        news = self._ledger.take(report.kind, report.step, report.findings)
-        if report.step > self._shown_until and (report.kind == "epoch" or self._step_reports % self._log_every == 0):
-            self._log_values(report)
+        is_due = report.kind == "epoch" or self._step_reports % self._log_every == 0
         self._step_reports += report.kind == "step"
+        if report.step <= self._shown_until.get(report.kind, 0):
+            return
+        news = self._ledger.take(report.kind, report.step, report.findings)
+        if is_due:
+            self._log_values(report)
         self._alert(news)
+        changes, written = self._tabled
+        if self._ledger.changes != changes and time.monotonic() - written >= TABLE_SECONDS:
+            self._log_table()
 
     def close(self, outcome: Outcome) -> None:
         """Write the table of findings and the summary; finish the run if it is ours."""
@@ -156,9 +180,21 @@ class WandbSink:
             if self._owned:
                 run.finish(exit_code=outcome.exit_code)
 
+    def _remember(self, record: Path) -> None:
+        """Take over what earlier attempts have shown and alerted of."""
+        for told in reported(record):
+            self._shown_until[told.kind] = max(self._shown_until.get(told.kind, 0), told.step)
+            if told.kind == "outcome":
+                news = self._ledger.rest(told.findings)
+            else:
+                news = self._ledger.take("step" if told.kind == "step" else "epoch", told.step, told.findings)
+            for finding in news:
+                self._pace.allows(finding, told.time)
+
     def _started(self, run: RunInfo, config: Mapping[str, Any]) -> Any:
         """A run of our own; offline where the server does not answer."""
         folder = self._dir or os.environ.get("WANDB_DIR")
+        settings = _settings(self._wandb, {} if self._on_stop is None else {"stop_fn": self._on_stop})
         arguments = {
             **self._place,
             "id": self.run_id,
@@ -168,7 +204,7 @@ class WandbSink:
             "resume": "allow",
         }
         try:
-            return self._wandb.init(mode=self._mode, settings=_settings(self._wandb), **arguments)
+            return self._wandb.init(mode=self._mode, settings=settings, **arguments)
         except Exception as error:
             if self._mode != "online":
                 raise
@@ -179,7 +215,7 @@ class WandbSink:
                 error,
             )
         self._wandb.teardown()  # the service holds on to the id of the run that failed
-        return self._wandb.init(mode="offline", settings=_settings(self._wandb), **arguments)
+        return self._wandb.init(mode="offline", settings=settings, **arguments)
 
     def _log_values(self, report: Report) -> None:
         row: dict[str, Any] = {**self._chosen(report.values)}
@@ -198,7 +234,7 @@ class WandbSink:
     def _chosen(self, values: Mapping[str, float]) -> dict[str, float]:
         """The values that W&B is to show, under its keys."""
         for key in values.keys() - self._shown.keys():
-            self._shown[key] = None if key in _AXIS_NAMES else keys.wandb_key(key, self._streams)
+            self._shown[key] = None if key in _NOT_SHOWN else keys.wandb_key(key, self._streams)
         shown = {name: float(values[key]) for key in values if (name := self._shown[key]) is not None}
         return {**shown, **over_ranks(values, self._streams)}
 
@@ -211,10 +247,10 @@ class WandbSink:
             return
         for finding in news:
             level = _ALERT_LEVELS.get(finding.severity)
-            if level is not None and self._pace.allows(finding, time.monotonic()):
+            if level is not None and self._pace.allows(finding, time.time()):
                 self._run.alert(
                     title=textwrap.shorten(finding, _TITLE_LENGTH, placeholder="..."),
-                    text=f"{finding.told()}\n{override(finding)}".rstrip(),
+                    text=f"{finding.told()}\n{to_set(finding.action)}".rstrip(),
                     level=level,
                 )
 
@@ -222,10 +258,15 @@ class WandbSink:
         self._alert(self._ledger.rest(outcome.findings))
         summary = {**self._chosen(outcome.summary), keys.VERDICT: self._verdict(outcome.exit_code)}
         self._run.summary.update(summary)
+        self._log_table()
+
+    def _log_table(self) -> None:
+        """The findings so far, where there are any."""
         rows = self._ledger.rows()
         if rows:
             table = self._wandb.Table(columns=list(COLUMNS), data=rows, allow_mixed_types=True)
             self._run.log({FINDINGS: table}, commit=self._commit)
+        self._tabled = self._ledger.changes, time.monotonic()
 
 
 def over_ranks(values: Mapping[str, float], streams: tuple[str, ...]) -> dict[str, float]:
@@ -293,10 +334,10 @@ def _usable_folder(folder: Path) -> Path:
     return folder
 
 
-def _settings(wandb: Any) -> Any:
-    """Bounded waits, rows on disk within a second, and the job's standard output left alone."""
+def _settings(wandb: Any, more: Mapping[str, Any]) -> Any:
+    """Bounded waits, rows on disk within a second, the job's standard output left alone, and what is `more`."""
     settings = wandb.Settings(init_timeout=_INIT_SECONDS, console="off", quiet=True)
-    for name, value in _EXTRA_SETTINGS.items():
+    for name, value in {**_EXTRA_SETTINGS, **more}.items():
         try:
             setattr(settings, name, value)
         except (AttributeError, TypeError, ValueError):

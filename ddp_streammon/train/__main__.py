@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from ddp_streammon import keys
-from ddp_streammon.report import describe_action
+from ddp_streammon.report import to_set
 from ddp_streammon.streams import StreamSet
 from ddp_streammon.train import checkpoint
 from ddp_streammon.train.config import ONLY, AppConfig, ConfigError, check_ranks, load, reduced
@@ -238,10 +238,12 @@ def where_to_look(result: Result, run_dir: Path) -> str:
         return f"\n{result.preflight}"
     figures = ", ".join(f"{key} {result.figures[key]:.4f}" for key in _SHOWN if key in result.figures)
     lines = ["", f"Done: {figures}"]
+    if result.stopped is not None:
+        lines[1] = f"Stopped after step {result.stopped}, as asked for in W&B; started again in its folder it goes on"
     if result.findings:
         lines.append("Recommendations:")
         for finding in result.findings:
-            action = f"  [{describe_action(finding.action, 'hydra')}]" if finding.action else ""
+            action = f"  [{to_set(finding.action)}]" if finding.action else ""
             lines.append(f"  {finding.told()}{action}")
     lines.append("Where to look:")
     records = {"run directory": str(run_dir), **result.records}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,27 +13,9 @@ from ddp_streammon import keys
 from ddp_streammon.evaluation import Evaluation, Items, Plan, Replacement, Score, classification, each_alone, measure
 from ddp_streammon.monitor import StreamMonitor
 from ddp_streammon.train.config import Effort
+from ddp_streammon.train.progress import Sums
 from ddp_streammon.train.solo import SoloReferences
 from ddp_streammon.train.training import Training
-
-
-@dataclass
-class Sums:
-    """This rank's training items of an epoch, added up on the device."""
-
-    loss: Tensor
-    correct: Tensor
-    items: int = 0
-
-    def add(self, loss: Tensor, correct: Tensor, items: int) -> None:
-        self.loss += loss.detach() * items
-        self.correct += correct
-        self.items += items
-
-    def means(self) -> dict[str, tuple[float, float]]:
-        """Loss and accuracy as (sum, weight). Sync: waits for them."""
-        items = max(self.items, 1)
-        return {keys.TRAIN_LOSS: (self.loss.item(), items), keys.TRAIN_ACC: (self.correct.item(), items)}
 
 
 def _score(training: Training) -> Score:

@@ -18,14 +18,16 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
 from ddp_streammon import keys
+from ddp_streammon.report import STOPPED
 from ddp_streammon.report.page import REPORT
 from ddp_streammon.rules.finding import Finding
 from ddp_streammon.sinks.guard import EXIT_SECONDS
 from ddp_streammon.train import checkpoint, parallel
 from ddp_streammon.train.config import CHECKPOINT, AppConfig, ConfigError
 from ddp_streammon.train.data import StreamData
-from ddp_streammon.train.evaluating import Sums, evaluate, tested
+from ddp_streammon.train.evaluating import evaluate, tested
 from ddp_streammon.train.process import process_group, sigterm_unwinds
+from ddp_streammon.train.progress import Begun, Sums
 from ddp_streammon.train.training import JSONL, Training, build, seed_all, state_of
 
 __all__ = ["Result", "Training", "build", "run", "seed_all", "train_epoch", "train_loader"]
@@ -45,6 +47,8 @@ class Result:
     """What was written, and where: `JSONL file`, `W&B run`, `report`."""
     preflight: str | None = None
     """What a preflight says, where that was asked for."""
+    stopped: int | None = None
+    """The step after which it ended because somebody had asked for that; None: it came to its end."""
 
 
 def run(
@@ -61,7 +65,8 @@ def run(
 
     `settings` is the resolved configuration, for the sinks; `solo` are models of one stream each, by stream. Every
     rank calls it with the same arguments. SIGTERM ends it as an exception would: records are brought to disk, and the
-    process exits with code 143.
+    process exits with code 143. "Stop run" in W&B's page ends it on all ranks after the same step, with a checkpoint
+    and without an error, so that torchrun does not start it again; its records have the exit code 255.
     """
     with sigterm_unwinds(), process_group(config.trainer) as device:
         return _run(config, data, model, run_dir, settings, device, solo)
@@ -86,14 +91,16 @@ def _run(
             said = _preflight(training, config.trainer.preflight)
         else:
             _train(training)
-            training.figures |= tested(training)
-        exit_code = 0
+            if not training.stop.agreed:
+                training.figures |= tested(training)
+        exit_code = STOPPED if training.stop.agreed else 0
     finally:
         if training.monitor is not None:
             training.monitor.close(exit_code)
     monitor = training.monitor
     findings = tuple(monitor.get_recommendations()) if monitor else ()
-    return Result(training.figures, findings, _records(training), said)
+    stopped = training.steps if training.stop.agreed else None
+    return Result(training.figures, findings, _records(training), said, stopped)
 
 
 def _records(training: Training) -> dict[str, str]:
@@ -115,6 +122,11 @@ def _train(training: Training) -> None:
         assert loader.generator is not None
         loader.generator.manual_seed(config.seed * 1_000_003 + epoch)  # the order depends on seed and epoch alone
         sums = train_epoch(training, loader, epoch)
+        if training.stop.agreed:
+            _log.info("asked to stop: training ends after step %d", training.steps)
+            if config.checkpoint_every:
+                _save(training)
+            return
         training.epoch = epoch + 1
         last = training.epoch == config.epochs
         if evaluation.ends(training.epoch):
@@ -150,7 +162,7 @@ def _preflight(training: Training, steps: int) -> str:
     loader, sampler = train_loader(training)
     accumulate = training.config.trainer.accumulate
     epoch, done = 0, 0
-    while done < steps:
+    while done < steps and not training.stop.agreed:
         if sampler is not None:
             sampler.set_epoch(epoch)
         first = _First(loader, (steps - done) * accumulate)
@@ -186,8 +198,8 @@ def train_epoch(training: Training, loader: DataLoader[Any] | _First, epoch: int
     if training.early_stopping is not None:
         training.early_stopping.apply_modes()
     parallel.share_buffers(training.wrapped, training.collective)
-    zero = torch.zeros((), dtype=torch.float64, device=training.device)
-    of_epoch = Sums(zero.clone(), zero.clone())
+    begun, training.begun = training.begun, None
+    of_epoch = Sums.none(training.device) if begun is None else begun.sums
     micro_batches = len(loader)
     bar = tqdm(
         loader,
@@ -195,8 +207,12 @@ def train_epoch(training: Training, loader: DataLoader[Any] | _First, epoch: int
         leave=False,
         disable=not (config.progress and training.rank == 0 and sys.stderr.isatty()) or training.panel,
     )
-    of_step = Sums(zero.clone(), zero.clone())
+    of_step = Sums.none(training.device)
     for number, batch in enumerate(bar):
+        if begun is not None and number < begun.batches:
+            if number == begun.batches - 1:  # what reading them again has drawn is put back
+                checkpoint.set_rng_state(begun.rng)
+            continue
         first = number - number % config.accumulate
         group = min(config.accumulate, micro_batches - first)
         at_boundary = number == first + group - 1
@@ -213,19 +229,24 @@ def train_epoch(training: Training, loader: DataLoader[Any] | _First, epoch: int
             of_epoch.add(of_step.loss / of_step.items, of_step.correct, of_step.items)
             if training.config.evaluation.due(training.steps):
                 _evaluate(training, of_epoch, epoch + (number + 1) / micro_batches)
-            of_step = Sums(zero.clone(), zero.clone())
+            if training.stop.agreed:
+                training.begun = Begun(number + 1, of_epoch, checkpoint.rng_state())
+                break
+            of_step = Sums.none(training.device)
     return of_epoch
 
 
 def _optimizer_step(training: Training, of_step: Sums, epoch: int) -> None:
     if training.monitor is not None:
-        training.monitor.step(
+        figures = training.monitor.step(
             loss=of_step.loss / of_step.items,
             samples=of_step.items,
             correct=of_step.correct.long(),
             scaler=training.scaler,
             epoch=epoch,
+            **training.stop.number(),
         )
+        training.stop.take(figures)
     if training.config.trainer.clip_norm is not None:
         training.scaler.unscale_(training.optimizer)
         nn.utils.clip_grad_norm_(training.model.parameters(), training.config.trainer.clip_norm)

@@ -18,17 +18,18 @@ from torch import nn
 from ddp_streammon.collective import Collective
 from ddp_streammon.config import Intent
 from ddp_streammon.monitor import StreamMonitor
-from ddp_streammon.report import Sink
+from ddp_streammon.report import Sink, as_override
 from ddp_streammon.report.page import REPORT
 from ddp_streammon.sinks import ConsoleSink, FanOut, HtmlSink, JsonlSink, LiveSink, WandbSink, terminal_sink
-from ddp_streammon.sinks.jsonl import last_step
 from ddp_streammon.streams import StreamLike, StreamSet, StreamSpec
 from ddp_streammon.train import checkpoint, parallel
 from ddp_streammon.train.config import AppConfig, Precision, StreamSection, check_ranks, intent_of, monitor_config
 from ddp_streammon.train.data import StreamData
 from ddp_streammon.train.early_stopping import Criteria, StreamEarlyStopping
 from ddp_streammon.train.optim import StreamOptim, StreamSchedulers, build_optimizer, stream_param_groups
+from ddp_streammon.train.progress import Begun, Sums
 from ddp_streammon.train.solo import SoloReferences
+from ddp_streammon.train.stopping import StopRequest
 
 _log = logging.getLogger("ddp_streammon")
 JSONL = "metrics.jsonl"
@@ -55,6 +56,7 @@ class Training:
     monitor: StreamMonitor | None
     criterion: nn.Module
     sinks: FanOut
+    stop: StopRequest
     wandb: WandbSink | None = None
     solo: SoloReferences | None = None
     panel: bool = False
@@ -63,6 +65,8 @@ class Training:
     """Epochs that are done."""
     steps: int = 0
     """Optimizer steps that are done."""
+    begun: Begun | None = None
+    """The epoch that a checkpoint has found begun."""
     figures: dict[str, float] = field(default_factory=dict)
     """Of the last evaluation."""
     evaluated_at: int = -1
@@ -138,9 +142,10 @@ def build(
     source = checkpoint.find(config.trainer.resume, run_dir, collective)
     saved = checkpoint.load(source, model) if source else None
     monitor, sinks, wandb_sink = None, FanOut(()), None
+    stop = StopRequest(config.monitor.delay)
     if config.monitor.enabled:
         if collective.topology.rank == 0:
-            sinks, wandb_sink = _sinks(config, run_dir, saved)
+            sinks, wandb_sink = _sinks(config, run_dir, saved, stop)
         monitor = StreamMonitor(
             wrapped,
             optimizer,
@@ -148,6 +153,7 @@ def build(
             config=monitor_config(config, _intent(config, data, model, collective.topology.world_size)),
             sinks=[sinks],
             name=run_dir.name,
+            wording=as_override,
             run={
                 **settings,
                 "run_dir": str(run_dir),
@@ -170,6 +176,7 @@ def build(
         monitor=monitor,
         criterion=getattr(model, "criterion", None) or nn.CrossEntropyLoss(),
         sinks=sinks,
+        stop=stop,
         wandb=wandb_sink,
         panel=any(isinstance(guarded.sink, LiveSink) for guarded in sinks.sinks),
         solo=SoloReferences(solo, specs, streams.user_names, device) if solo else None,
@@ -199,17 +206,18 @@ def stream_specs(sections: Mapping[str, StreamSection]) -> dict[str, StreamLike]
     return {name: StreamSpec(patterns=tuple(section.patterns or (name,))) for name, section in sections.items()}
 
 
-def _sinks(config: AppConfig, run_dir: Path, saved: Mapping[str, Any] | None) -> tuple[FanOut, WandbSink | None]:
+def _sinks(
+    config: AppConfig, run_dir: Path, saved: Mapping[str, Any] | None, stop: StopRequest
+) -> tuple[FanOut, WandbSink | None]:
     """Rank 0's sinks, the record of truth first."""
     sinks: list[Sink] = []
-    before = last_step(run_dir / JSONL) if saved is not None else 0
     if config.sinks.jsonl.enabled:
         monitored = (saved or {}).get("monitor") or {"calls": 0}
         sinks.append(JsonlSink(run_dir / JSONL, resume_step=monitored["calls"]))
     if config.sinks.html.enabled:
         sinks.append(HtmlSink(run_dir / REPORT, record=run_dir / JSONL if config.sinks.jsonl.enabled else None))
     if config.sinks.console.enabled:
-        sinks.append(terminal_sink("hydra") if config.sinks.console.live else ConsoleSink(action_style="hydra"))
+        sinks.append(terminal_sink() if config.sinks.console.live else ConsoleSink())
     section = config.sinks.wandb
     if not section.enabled:
         return FanOut(sinks), None
@@ -224,17 +232,25 @@ def _sinks(config: AppConfig, run_dir: Path, saved: Mapping[str, Any] | None) ->
         dir=run_dir,
         log_every=section.log_every,
         alerts=section.alerts,
-        shown_until=before,
+        record=run_dir / JSONL if saved is not None else None,
+        on_stop=stop.ask,
     )
+    stop.possible = wandb_sink.is_online
     return FanOut([*sinks, wandb_sink]), wandb_sink
 
 
 def state_of(training: Training) -> dict[str, Any]:
     """What a checkpoint holds: whole tensors, so that another layout or number of ranks can go on from it.
 
-    Complete on rank 0 alone. Comm: one all_gather_object of the random states, and all_gathers of what is sharded.
+    Complete on rank 0 alone. Comm: one all_gather_object of what ranks have of their own, and all_gathers of what is
+    sharded.
     """
     early_stopping, monitor, schedulers = training.early_stopping, training.monitor, training.schedulers
+    begun = training.begun
+    own = (
+        None if begun is None else (begun.batches, begun.sums.loss.item(), begun.sums.correct.item(), begun.sums.items)
+    )
+    rng, of_epoch = zip(*training.collective.gather((checkpoint.rng_state(), own)), strict=True)
     return {
         "epoch": training.epoch,
         "steps": training.steps,
@@ -244,7 +260,8 @@ def state_of(training: Training) -> dict[str, Any]:
         "schedulers": schedulers.state_dict() if schedulers is not None else None,
         "early_stopping": early_stopping.state_dict() if early_stopping is not None else None,
         "monitor": monitor.state_dict() if monitor is not None else None,
-        "rng": training.collective.gather(checkpoint.rng_state()),
+        "rng": list(rng),
+        "begun": None if begun is None else list(of_epoch),
         "figures": dict(training.figures),
         "wandb_run_id": training.wandb.run_id if training.wandb else None,
     }
@@ -263,3 +280,19 @@ def restore(training: Training, state: Mapping[str, Any]) -> None:
             part.load_state_dict(state[name])
     if training.rank < len(state["rng"]):
         checkpoint.set_rng_state(state["rng"][training.rank])
+    if state.get("begun") is not None:
+        _take_up(training, state)
+
+
+def _take_up(training: Training, state: Mapping[str, Any]) -> None:
+    """Go on within an epoch. With another number of ranks their shares are others: the epoch then begins anew."""
+    if len(state["begun"]) != training.collective.topology.world_size:
+        if training.rank == 0:
+            _log.info("epoch %d begins anew: it was stopped on another number of ranks", training.epoch + 1)
+        return
+    batches, loss, correct, items = state["begun"][training.rank]
+    sums = Sums.none(training.device)
+    sums.loss += loss
+    sums.correct += correct
+    sums.items = items
+    training.begun = Begun(batches, sums, state["rng"][training.rank])
