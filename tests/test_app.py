@@ -55,7 +55,7 @@ def torchrun(*overrides: str, folder: Path, ranks: int = 2, **environment: str) 
 def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The run directory and the output of a small main job with all sinks."""
     folder = tmp_path_factory.mktemp("main")
-    done = torchrun(*SMALL, *EVERYTHING, "sinks.wandb.log_every=1", folder=folder, STREAMMON_RUN="demo")
+    done = command(*SMALL, *EVERYTHING, "sinks.wandb.log_every=1", folder=folder, ranks=2, run="demo")
     assert done.returncode == 0, done.stderr
     return folder / "outputs" / "demo", done.stdout
 
