@@ -30,7 +30,11 @@ from tests.layouts import LAYOUTS, STREAMS, WORLD, Three, network
 from tests.ranks import run_ranks
 
 COUNT = 16
-TOGETHER = tuple(layout for layout in LAYOUTS if layout not in ("ddp bucket views", "nobody synchronises"))
+PARTS_OF_THEM = ("ddp", "fsdp2 by module", "sequence parallel", "fsdp2 x tensor parallel")
+"""What they shard is sharded in others, too, or looked at in other tests."""
+LOOKED_AT = tuple(
+    layout for layout in LAYOUTS if layout not in ("ddp bucket views", "nobody synchronises", *PARTS_OF_THEM)
+)
 CLOSE = {"rel": 1e-5, "abs": 1e-6}
 FULL = [f"full_val_{figure}{bound}" for figure in ("loss", "acc") for bound in ("", "_low", "_high")]
 
@@ -96,9 +100,11 @@ def _figures_of(layout: str) -> dict[str, dict[str, float]]:
     return figures(LAYOUTS[layout](network(torch.float32)))
 
 
-@pytest.mark.parametrize("layout", TOGETHER)
+@pytest.mark.parametrize(
+    "layout", [*LOOKED_AT, *(pytest.param(layout, marks=pytest.mark.slow) for layout in PARTS_OF_THEM)]
+)
 def test_every_layout_finds_what_one_process_finds(layout: str) -> None:
-    for of_rank in on_ranks(_figures_of, TOGETHER):
+    for of_rank in on_ranks(_figures_of, LOOKED_AT if layout in LOOKED_AT else PARTS_OF_THEM):
         found = of_rank[layout]
         for name, of_set in single().items():
             assert found[name] == pytest.approx(of_set, **CLOSE, nan_ok=True), name

@@ -188,7 +188,7 @@ def _failing_evaluations() -> dict[str, str]:
     return heard
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_rank_that_fails_in_an_evaluation_ends_all_of_them_with_its_name(world: int) -> None:
     for heard in run_ranks(world, _failing_evaluations):
         assert re.fullmatch(r"the evaluation failed on rank 1: OSError: item \d+ is torn", heard["item"])
