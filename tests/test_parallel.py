@@ -107,7 +107,8 @@ def test_accumulation_and_clipping_are_those_of_ddp(tmp_path: Path) -> None:
     ddp, fsdp = (train_ranks(2, [*TINY, *LAYOUTS[name], *options], tmp_path / name)[0] for name in ("ddp", "fsdp2"))
     assert_close(ddp["saved"]["model"], fsdp["saved"]["model"])
     for name in ("ddp", "fsdp2"):
-        assert all(math.hypot(*(v[f"{s}_grad_norm"] for s in NAMES)) > 1 for v in steps_of(tmp_path / name))  # it clips
+        norms = [math.hypot(*(v[f"{s}_grad_norm"] for s in NAMES)) for v in steps_of(tmp_path / name)]
+        assert min(norms) > 10 * 0.05  # or clipping would not matter
 
 
 RESUMED = [*SMALL, "trainer.checkpoint_every=1", "optim.scheduler=step", "model.modality_dropout=0.2"]

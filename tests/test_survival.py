@@ -26,7 +26,7 @@ from ddp_streammon.evaluation import Items
 from ddp_streammon.report import Report
 from ddp_streammon.sinks import JsonlSink, MemorySink, guard, read_jsonl
 from ddp_streammon.sinks.wandb import STEP_AXIS
-from tests.application import train
+from tests.application import command, train
 from tests.faults import SMALL, Broken
 from tests.networks import STREAMS, batch, loss_of, network, part
 from tests.ranks import CONTEXT, run_ranks
@@ -279,7 +279,7 @@ def test_a_job_on_a_full_disk_goes_on(tmp_path: Path, caplog: pytest.LogCaptureF
 
 def test_the_job_outlives_wandbs_service(tmp_path: Path) -> None:
     overrides = [*SMALL, "trainer.epochs=2", *target("service_killed", at=5), "sinks.wandb.log_every=1"]
-    done = start("-m", "ddp_streammon.train", *overrides, folder=tmp_path, STREAMMON_RUN="orphan", WANDB_SILENT="true")
+    done = command(*overrides, folder=tmp_path, run="orphan")
     assert done.returncode == 0, done.stderr
     run_dir = tmp_path / "outputs" / "orphan"
     *records, outcome = read_jsonl(run_dir / "metrics.jsonl")
