@@ -20,8 +20,11 @@ from ddp_streammon.train.loop import Result, run, seed_all
 from tests.ranks import CONTEXT, run_ranks
 
 QUIET = ("trainer.progress=false", "sinks.console.enabled=false", "sinks.wandb.enabled=false")
-SMALL = (*QUIET, "model=multi_mlp", "model.hidden=[32,16]", "trainer.epochs=2")
+SHORT = ("model=multi_mlp", "model.hidden=[32,16]", "trainer.epochs=2")
+SMALL = (*QUIET, *SHORT)
 """Seconds of the main job become a fraction of one; everything but the size is the main job's."""
+EVERYTHING = ("evaluation=full", "monitor.local_gradients=true", "monitor.update_every=1")
+"""All that can be measured."""
 
 
 def train(overrides: list[str], folder: str) -> Result:

@@ -20,17 +20,15 @@ from ddp_streammon.report.__main__ import main as report_main
 from ddp_streammon.sinks import read_jsonl
 from ddp_streammon.sinks.wandb import FINDINGS
 from ddp_streammon.train.__main__ import main as train_main
-from tests.application import command
+from tests.application import EVERYTHING, SHORT, command
 from tests.read_wandb import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ("model=multi_mlp", "model.hidden=[32,16]", "trainer.epochs=2")
 SECTIONS = {
     *("grad_norm", "grad_share", "grad_nonfinite", "update_ratio", "weight_norm", "lr"),
     *("overfit", "probe", "rank", "ratio", "train", "trainer"),
 }
 PARALLEL_TAGS = ("rules=evidence", "parallel=ddp")
-EVERYTHING = ("evaluation=full", "monitor.local_gradients=true", "monitor.update_every=1")
 
 
 def inherited() -> dict[str, str]:
@@ -49,15 +47,6 @@ def start(*command: str, folder: Path, **environment: str) -> subprocess.Complet
 def torchrun(*overrides: str, folder: Path, ranks: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
     return start(*launcher, "-m", "ddp_streammon.train", *overrides, folder=folder, **environment)
-
-
-@pytest.fixture(scope="module")
-def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The run directory and the output of a small main job with all sinks."""
-    folder = tmp_path_factory.mktemp("main")
-    done = torchrun(*SMALL, *EVERYTHING, "sinks.wandb.log_every=1", folder=folder, STREAMMON_RUN="demo")
-    assert done.returncode == 0, done.stderr
-    return folder / "outputs" / "demo", done.stdout
 
 
 def test_the_last_lines_say_where_to_look(main_job: tuple[Path, str]) -> None:
@@ -148,7 +137,7 @@ def test_wandb_shows_at_most_20_figures_a_stream_and_no_two_under_one_key(main_j
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(main_job: tuple[Path, str], tmp_path: Path) -> None:
     again = (*EVERYTHING, "sinks.wandb.enabled=false")
-    done = torchrun(*SMALL, *again, folder=tmp_path, STREAMMON_RUN="again")
+    done = torchrun(*SHORT, *again, folder=tmp_path, STREAMMON_RUN="again")
     assert done.returncode == 0, done.stderr
     first, again = (
         [record["values"] for record in read_jsonl(folder / "metrics.jsonl") if record["type"] in ("step", "epoch")]
@@ -245,7 +234,7 @@ def test_the_wheel_and_its_scripts_run_from_any_folder(tmp_path: Path) -> None:
     where = "import importlib.util as u; print(u.find_spec('ddp_streammon').origin)"
     assert start("-c", where, folder=Path("/"), PYTHONPATH=str(site)).stdout == f"{site}/ddp_streammon/__init__.py\n"
     run_dir = tmp_path / "run"
-    overrides = (*SMALL, "trainer.epochs=1", "sinks.wandb.enabled=false", f"hydra.run.dir={run_dir}")
+    overrides = (*SHORT, "trainer.epochs=1", "sinks.wandb.enabled=false", f"hydra.run.dir={run_dir}")
     for script, arguments, said in (
         ("train", overrides, f"JSONL file     {run_dir}/metrics.jsonl\n"),
         ("report", (str(run_dir),), f"{run_dir}/report.html\n"),

@@ -274,14 +274,14 @@ def made(
     return found
 
 
-@pytest.mark.parametrize("rho", [0.5, 0.9])
+@pytest.mark.parametrize("rho", [0.5, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_a_whole_training_is_wrong_in_five_percent_at_most(rho: float) -> None:
     """30 evaluations, three streams, five statements, everything at its margin."""
     wrong = sum(any(made(training, 60)) for training in trainings(rho, len(LOOKS), 60))
     assert 0.005 < wrong / TRAININGS <= 0.05 + TOLERANCE
 
 
-@pytest.mark.parametrize(("carried", "items"), [(0.1, 512), (0.02, 512)])
+@pytest.mark.parametrize(("carried", "items"), [pytest.param(0.1, 512, marks=pytest.mark.slow), (0.02, 512)])
 def test_so_it_is_where_few_items_carry_a_figure(carried: float, items: int) -> None:
     """Loss rises are like that: most items lose nothing, some lose much. Without the skewness it would fail."""
     wrong, blind, count = 0, 0, 200

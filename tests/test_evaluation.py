@@ -91,8 +91,11 @@ def evaluate_with_own_buffers(count: int, batch_size: int) -> tuple[dict[str, fl
     return found, all(torch.equal(mine[name], buffer) for name, buffer in net.named_buffers())
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("count", [COUNT, 3])
+@pytest.mark.parametrize(
+    ("world", "count"),
+    [(2, COUNT), (3, COUNT), (4, 3)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in ((1, COUNT), (4, COUNT), (1, 3), (2, 3), (3, 3))],
+)
 def test_any_number_of_ranks_gives_the_same_and_each_rank_keeps_its_buffers(world: int, count: int) -> None:
     alone, _ = evaluate_with_own_buffers(count, 4)
     net, (*inputs, target) = model(streams=3).eval(), data(count, 3).tensors
@@ -630,7 +633,7 @@ def activations_of_a_share() -> tuple[Mapping[str, float], bool]:
     return found, all(torch.equal(mine[name], buffer) for name, buffer in net.named_buffers())
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_activation_moments_are_those_of_all_samples(world: int) -> None:
     net = model().eval()
     x, y = data().tensors[:2]

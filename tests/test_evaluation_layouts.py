@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -30,7 +30,11 @@ from tests.layouts import LAYOUTS, STREAMS, WORLD, Three, network
 from tests.ranks import run_ranks
 
 COUNT = 16
-TOGETHER = [layout for layout in LAYOUTS if layout not in ("ddp bucket views", "nobody synchronises")]
+PARTS_OF_THEM = ("ddp", "fsdp2 by module", "sequence parallel", "fsdp2 x tensor parallel")
+"""What they shard is sharded in others, too, or looked at in other tests."""
+LOOKED_AT = tuple(
+    layout for layout in LAYOUTS if layout not in ("ddp bucket views", "nobody synchronises", *PARTS_OF_THEM)
+)
 CLOSE = {"rel": 1e-5, "abs": 1e-6}
 FULL = [f"full_val_{figure}{bound}" for figure in ("loss", "acc") for bound in ("", "_low", "_high")]
 
@@ -81,13 +85,27 @@ def single() -> dict[str, dict[str, float]]:
     return figures(network(torch.float32))
 
 
+def _of_layouts(function: Callable[..., Any], layouts: Sequence[str], *args: Any) -> dict[str, Any]:
+    return {layout: function(layout, *args) for layout in layouts}
+
+
+@functools.cache
+def on_ranks(function: Callable[..., Any], layouts: tuple[str, ...], *args: Any) -> list[dict[str, Any]]:
+    """`function(layout, *args)` of each layout, one after the other on the same four processes: most of what a layout
+    costs is what torch does at first use."""
+    return run_ranks(WORLD, _of_layouts, function, layouts, *args, timeout=200)
+
+
 def _figures_of(layout: str) -> dict[str, dict[str, float]]:
     return figures(LAYOUTS[layout](network(torch.float32)))
 
 
-@pytest.mark.parametrize("layout", TOGETHER)
+@pytest.mark.parametrize(
+    "layout", [*LOOKED_AT, *(pytest.param(layout, marks=pytest.mark.slow) for layout in PARTS_OF_THEM)]
+)
 def test_every_layout_finds_what_one_process_finds(layout: str) -> None:
-    for found in run_ranks(WORLD, _figures_of, layout):
+    for of_rank in on_ranks(_figures_of, LOOKED_AT if layout in LOOKED_AT else PARTS_OF_THEM):
+        found = of_rank[layout]
         for name, of_set in single().items():
             assert found[name] == pytest.approx(of_set, **CLOSE, nan_ok=True), name
             assert found[name].get("items") == of_set.get("items")
@@ -170,9 +188,12 @@ def _differences(layout: str) -> list[str]:
     return [name for name, value in plain.items() if not torch.equal(value, looked[name])]
 
 
-@pytest.mark.parametrize("layout", ["fsdp2", "fsdp2 by module", "hsdp", "fsdp2 x tensor parallel", "mixed by stream"])
+TRAINED = ("fsdp2", "fsdp2 by module", "hsdp", "fsdp2 x tensor parallel", "mixed by stream")
+
+
+@pytest.mark.parametrize("layout", TRAINED)
 def test_training_goes_on_bit_for_bit_after_evaluations(layout: str) -> None:
-    assert run_ranks(WORLD, _differences, layout) == [[]] * WORLD
+    assert [of_rank[layout] for of_rank in on_ranks(_differences, TRAINED)] == [[]] * WORLD
 
 
 class Normed(nn.Module):
@@ -323,21 +344,27 @@ def _error(layout: str, kind: str) -> str:
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
-@pytest.mark.parametrize("layout", ["fsdp2 by module", "hsdp", "fsdp2 x tensor parallel"])
-@pytest.mark.parametrize(
-    ("kind", "text"),
-    [
-        ("torn", "OSError: item 6 is torn"),
-        ("after", "ArithmeticError: the score failed"),
-        ("before", "KeyError: 'no such input'"),
-        ("between", "ArithmeticError: between two forwards"),
-        ("without", "score must give 'loss' per item, got 'error'"),
-    ],
-)
+FAILING = ("fsdp2 by module", "hsdp", "fsdp2 x tensor parallel")
+KINDS = {
+    "torn": "OSError: item 6 is torn",
+    "after": "ArithmeticError: the score failed",
+    "before": "KeyError: 'no such input'",
+    "between": "ArithmeticError: between two forwards",
+    "without": "score must give 'loss' per item, got 'error'",
+}
+
+
+def _errors(layout: str) -> dict[str, str]:
+    return {kind: _error(layout, kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("layout", FAILING)
+@pytest.mark.parametrize(("kind", "text"), KINDS.items(), ids=KINDS)
 def test_an_error_outside_of_the_forward_is_raised_on_every_rank_and_nobody_waits(
     layout: str, kind: str, text: str
 ) -> None:
-    for message in run_ranks(WORLD, _error, layout, kind):
+    for of_rank in on_ranks(_errors, FAILING):
+        message = of_rank[layout][kind]
         everywhere = kind == "without"
         assert message.startswith("ValueError: " if everywhere else "RuntimeError: the evaluation failed on rank ")
         assert message.endswith(text)
@@ -409,8 +436,11 @@ def _pathways(layout: str) -> dict[str, float]:
     return {f"{part}/{key}": value for part, of in parts.items() for key, value in of.items()}
 
 
-@pytest.mark.parametrize("layout", ["fsdp2", "tensor parallel"])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    ("layout", "world"),
+    [("fsdp2", 4), ("tensor parallel", 2)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("fsdp2", 2), ("tensor parallel", 4))],
+)
 def test_analyze_pathways_of_a_sharded_model_is_that_of_one_process(layout: str, world: int) -> None:
     alone = _pathways("one process")
     assert alone["samples_analyzed/"] == 11
@@ -426,10 +456,14 @@ def _activations(layout: str) -> dict[str, float]:
     return monitor.compute_stream_activations(inputs).to_dict()
 
 
-@pytest.mark.parametrize("layout", ["fsdp2 by module", "tensor parallel", "fsdp2 x sequence parallel"])
+CUT = ("fsdp2 by module", "tensor parallel", "fsdp2 x sequence parallel")
+
+
+@pytest.mark.parametrize("layout", CUT)
 def test_activations_of_a_sharded_model_are_those_of_one_process(layout: str) -> None:
     expected = StreamMonitor(network(torch.float32), streams=STREAMS).compute_stream_activations(data().tensors[0])
-    for found in run_ranks(WORLD, _activations, layout):
+    for of_rank in on_ranks(_activations, CUT):
+        found = of_rank[layout]
         cut = {key: value for key, value in expected.items() if layout != "fsdp2 by module" and key.startswith("up_")}
         assert {key: found[key] for key in cut} == pytest.approx(cut, rel=2e-3)
         assert found | cut == pytest.approx(expected.to_dict(), **CLOSE)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_app import ROOT, inherited, start
+from tests.scripts import environment
+from tests.test_app import ROOT, start
 
 
 def test_the_demo_trains_and_says_where_to_look(tmp_path: Path) -> None:
@@ -15,7 +16,7 @@ def test_the_demo_trains_and_says_where_to_look(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", str(ROOT / "launch" / "demo.sh"), *overrides],
         cwd=tmp_path,
-        env={**inherited(), "OMP_NUM_THREADS": "1"},
+        env=environment(tmp_path / "environment"),
         capture_output=True,
         text=True,
         timeout=200,

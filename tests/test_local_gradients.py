@@ -26,7 +26,7 @@ from ddp_streammon.stats import StepStats, StreamStats
 from tests.networks import STREAMS, TwoStreams, batch, loss_of, network, part
 from tests.ranks import run_ranks
 
-WORLDS = [1, 2, 3]
+WORLDS = [2, 3, pytest.param(1, marks=pytest.mark.slow)]
 STEPS = 6
 NAMES = (*STREAMS, "shared")
 SMALL = 0.01
@@ -187,7 +187,14 @@ def expected(kind: str, seed: int, rank: int, world: int) -> list[float]:
     return [math.nan if name in WITHOUT.get(kind, ()) else norm for name, norm in zip(NAMES, norms, strict=True)]
 
 
-@pytest.mark.parametrize(("world", "kind"), [(world, kind) for world in WORLDS for kind in kinds_at(world)])
+@pytest.mark.parametrize(
+    ("world", "kind"),
+    [
+        pytest.param(world, kind, marks=() if world > 1 else pytest.mark.slow)
+        for world in (1, 2, 3)
+        for kind in kinds_at(world)
+    ],
+)
 def test_local_norms_equal_the_single_process_twin(world: int, kind: str) -> None:
     """In every step: before DDP's buckets are taken over, in the first step with them, and after."""
     for answer in answers_of(world):

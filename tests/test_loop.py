@@ -24,7 +24,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_resumed_run_ends_bit_identical(world: int, tmp_path: Path) -> None:
     overrides = [*SMALL, "trainer.checkpoint_every=2", "optim.scheduler=step", "model.modality_dropout=0.2"]
     overrides.append(f"evaluation={'full' if world == 2 else 'fast'}")

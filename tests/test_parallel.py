@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tests.application import SMALL, command, train, train_ranks
 from tests.ranks import run_ranks
 from tests.test_app import ROOT
 
+NAMES = ("fou", "pix", "shared")
 LAYOUTS = {"ddp": [], "fsdp2": ["parallel=fsdp2"], "hsdp": ["parallel=hsdp"]}
 TINY = [*SMALL, "trainer.epochs=1"]
 
@@ -104,9 +106,9 @@ def test_accumulation_and_clipping_are_those_of_ddp(tmp_path: Path) -> None:
     options = ["trainer.clip_norm=0.05", "trainer.accumulate=3", "trainer.batch_size=64", "optim=sgd"]
     ddp, fsdp = (train_ranks(2, [*TINY, *LAYOUTS[name], *options], tmp_path / name)[0] for name in ("ddp", "fsdp2"))
     assert_close(ddp["saved"]["model"], fsdp["saved"]["model"])
-    free = train_ranks(2, [*TINY, *options, "trainer.clip_norm=null"], tmp_path / "free")[0]["saved"]["model"]
-    with pytest.raises(AssertionError):  # clipping matters here
-        assert_close(ddp["saved"]["model"], free)
+    for name in ("ddp", "fsdp2"):
+        norms = [math.hypot(*(v[f"{s}_grad_norm"] for s in NAMES)) for v in steps_of(tmp_path / name)]
+        assert min(norms) > 10 * 0.05  # or clipping would not matter
 
 
 RESUMED = [*SMALL, "trainer.checkpoint_every=1", "optim.scheduler=step", "model.modality_dropout=0.2"]
@@ -115,15 +117,17 @@ STOPS = ["streams.fou.patience=1", "streams.fou.min_delta=1.0"]
 
 
 @pytest.mark.parametrize(
-    ("layout", "world", "options"),
-    [("fsdp2", 2, ["optim=sgd", "optim.momentum=0"]), pytest.param("hsdp", 4, STOPS, marks=pytest.mark.slow)],
+    ("layout", "world", "options", "half"),
+    [("fsdp2", 2, ["optim=sgd", "optim.momentum=0"], 1), pytest.param("hsdp", 4, STOPS, 2, marks=pytest.mark.slow)],
 )
-def test_the_same_layout_resumes_bit_for_bit(layout: str, world: int, options: list[str], tmp_path: Path) -> None:
+def test_the_same_layout_resumes_bit_for_bit(
+    layout: str, world: int, options: list[str], half: int, tmp_path: Path
+) -> None:
     overrides = [*RESUMED, *LAYOUTS[layout], *options]
-    whole = train_ranks(world, [*overrides, "trainer.epochs=4"], tmp_path / "whole")
-    train_ranks(world, [*overrides, "trainer.epochs=2"], tmp_path / "half")
+    whole = train_ranks(world, [*overrides, f"trainer.epochs={2 * half}"], tmp_path / "whole")
+    train_ranks(world, [*overrides, f"trainer.epochs={half}"], tmp_path / "half")
     resume = f"trainer.resume={tmp_path}/half/checkpoint.pt"
-    resumed = train_ranks(world, [*overrides, "trainer.epochs=4", resume], tmp_path / "rest")
+    resumed = train_ranks(world, [*overrides, f"trainer.epochs={2 * half}", resume], tmp_path / "rest")
     parts = ("model", "optimizer", "schedulers", "early_stopping", "figures", "epoch", "steps", "monitor")
     assert differences(whole[0]["saved"], resumed[0]["saved"], *parts) == []
     for one, other in zip(whole, resumed, strict=True):
@@ -132,20 +136,35 @@ def test_the_same_layout_resumes_bit_for_bit(layout: str, world: int, options: l
         assert resumed[0]["saved"]["early_stopping"]["fou"]["frozen"]
 
 
-def _resumed(world: int, overrides: list[str], half: Path, folder: Path) -> dict[str, Any]:
-    resume = f"trainer.resume={half}/checkpoint.pt"
-    return train_ranks(world, [*overrides, "trainer.epochs=3", resume], folder)[0]
+@dataclass(frozen=True)
+class Stopping:
+    """Trainings in which `fou` stops after the second of three epochs, at its best of the first."""
+
+    halves: dict[str, dict[str, Any]]
+    """Two epochs in each layout."""
+    ddp: dict[str, Any]
+    """The third under DDP throughout, and after a change of the layout."""
+    from_ddp: dict[str, Any]
+    to_ddp: dict[str, Any]
 
 
-def test_a_checkpoint_goes_on_under_every_other_layout(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def stopping(tmp_path_factory: pytest.TempPathFactory) -> Stopping:
+    folder = tmp_path_factory.mktemp("stopping")
     overrides = [*SMALL, "trainer.checkpoint_every=1", *STOPS]
+
+    def third(before: str, layout: str) -> dict[str, Any]:
+        resume = f"trainer.resume={folder}/{before}/checkpoint.pt"
+        whole = [*overrides, *LAYOUTS[layout], "trainer.epochs=3", resume]
+        return train_ranks(2, whole, folder / f"{before} to {layout}")[0]
+
     twos = [*overrides, "trainer.epochs=2"]
-    train_ranks(2, twos, tmp_path / "ddp half")
-    expected = _resumed(2, overrides, tmp_path / "ddp half", tmp_path / "ddp")
-    sharded = [*overrides, *LAYOUTS["fsdp2"]]
-    from_ddp = _resumed(2, sharded, tmp_path / "ddp half", tmp_path / "ddp to fsdp2")
-    train_ranks(2, [*twos, *LAYOUTS["fsdp2"]], tmp_path / "fsdp2 half")
-    to_ddp = _resumed(2, overrides, tmp_path / "fsdp2 half", tmp_path / "fsdp2 to ddp")
+    halves = {name: train_ranks(2, [*twos, *LAYOUTS[name]], folder / name)[0] for name in ("ddp", "fsdp2")}
+    return Stopping(halves, third("ddp", "ddp"), third("ddp", "fsdp2"), third("fsdp2", "ddp"))
+
+
+def test_a_checkpoint_goes_on_under_every_other_layout(stopping: Stopping) -> None:
+    expected, from_ddp, to_ddp = stopping.ddp, stopping.from_ddp, stopping.to_ddp
     for found, tolerance in ((from_ddp, 1e-5), (to_ddp, 1e-4)):
         assert found["figures"] == pytest.approx(expected["figures"], rel=1e-4, abs=1e-4, nan_ok=True)
         assert_close(expected["saved"]["model"], found["saved"]["model"], tolerance, tolerance)
@@ -175,7 +194,9 @@ def assert_read_back(saved: dict[str, Any], file: Path, world: int, overrides: l
     assert [path for path in found if not path.startswith(proved_anew)] == []
 
 
-@pytest.mark.parametrize(("world", "layout"), [(4, "hsdp"), (3, "fsdp2"), (1, "ddp")])
+@pytest.mark.parametrize(
+    ("world", "layout"), [(4, "hsdp"), pytest.param(3, "fsdp2", marks=pytest.mark.slow), (1, "ddp")]
+)
 def test_another_number_of_ranks_reads_what_was_saved(
     world: int, layout: str, epoch: Callable[[int, str], Epoch], tmp_path: Path
 ) -> None:
@@ -190,10 +211,9 @@ def test_another_number_of_ranks_reads_what_another_optimizer_saved(tmp_path: Pa
     assert_read_back(saved, tmp_path / "saved" / "checkpoint.pt", 3, sgd, tmp_path / "again")
 
 
-def test_a_stream_stops_at_its_best_and_its_buffers_are_the_same_on_all_ranks(tmp_path: Path) -> None:
-    overrides = [*SMALL, "trainer.epochs=3", *STOPS]
-    saved = {name: train_ranks(2, [*overrides, *LAYOUTS[name]], tmp_path / name)[0] for name in ("ddp", "fsdp2")}
-    for name, run in saved.items():
+def test_a_stream_stops_at_its_best_and_its_buffers_are_the_same_on_all_ranks(stopping: Stopping) -> None:
+    later = {"ddp, an epoch later": stopping.ddp, "fsdp2, an epoch later": stopping.from_ddp}
+    for name, run in (stopping.halves | later).items():
         fou = run["saved"]["early_stopping"]["fou"]
         assert fou["frozen"] and fou["best_epoch"] == 1, name
         rates = {group["stream"]: group["lr"] for group in run["saved"]["optimizer"]["param_groups"]}
@@ -201,7 +221,8 @@ def test_a_stream_stops_at_its_best_and_its_buffers_are_the_same_on_all_ranks(tm
         kept = [value for key, value in run["saved"]["model"].items() if key.startswith("encoders.fou.")]
         best = {tuple(tensor.shape): tensor for tensor in fou["best_tensors"] if tensor.dim() == 2}
         assert all(torch.equal(best[tuple(value.shape)], value) for value in kept if value.dim() == 2)
-    assert saved["fsdp2"]["figures"] == pytest.approx(saved["ddp"]["figures"], rel=1e-3, abs=1e-3, nan_ok=True)
+    ddp, fsdp2 = (run["figures"] for run in stopping.halves.values())
+    assert fsdp2 == pytest.approx(ddp, rel=1e-3, abs=1e-3, nan_ok=True)
 
 
 def test_a_declared_frozen_stream_is_not_trained(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tests.planted_streams import HEALTHY, PLANTED, Case, Said, train
 
 RULES = {"UNUSED", "IGNORED", "REDUNDANT", "NOTHING", "REGRESSED", "MEMORISED", "OVERFITTING"}
 SEEDS = 10
-FAST_PLANTED = ("ignored zer", "noise for zer", "misaligned kar", "the same twice")
+FAST_PLANTED = ("ignored zer", "misaligned kar", "the same twice")
 FAST_HEALTHY = ("complementary", "fou, zer, 300 items")
 
 

@@ -185,7 +185,7 @@ def flushed_alone() -> list[float]:
 
 def _cases() -> dict[Any, Answer]:
     world = dist.get_world_size()
-    answers: dict[Any, Answer] = {"healthy": healthy(), "no_sync": unsynchronised(), "drift": drifting()}
+    answers: dict[Any, Answer] = {"no_sync": unsynchronised(), "drift": drifting()}
     for culprit in range(world):
         for stream in NAMES:
             answers["desync", stream, culprit] = desynchronised(stream, culprit)
@@ -194,8 +194,6 @@ def _cases() -> dict[Any, Answer]:
         answers["mode", culprit] = mode(culprit)
         answers["batch", culprit] = sizes(culprit)
     answers["slow"] = slow(world - 1)
-    if world == 2:
-        answers["slow between"] = slow_between_measured_steps(1)
     answers["flushed"] = flushed_alone()
     return answers
 
@@ -225,7 +223,7 @@ def of(stream: str) -> str | None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
 def test_nothing_is_found_in_sixty_healthy_steps(world: int) -> None:
-    assert cases(world)[0]["healthy"] == {}
+    assert run_ranks(world, healthy) == [{}] * world
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -304,9 +302,10 @@ def test_a_rank_that_loads_slowly_is_named_until_it_does_not(world: int) -> None
 
 
 def test_a_slow_rank_is_named_where_not_every_step_is_measured() -> None:
-    answer = found(cases(2)[0]["slow between"])
+    first, second = run_ranks(2, slow_between_measured_steps, 1)
+    assert first == second
     last = 3 * (NAMED - 1) + 1
-    assert answer == {call: [("SLOW", "warning", None, 1, last)] for call in range(last + 1, 3 * NAMED + 1)}
+    assert found(first) == {call: [("SLOW", "warning", None, 1, last)] for call in range(last + 1, 3 * NAMED + 1)}
 
 
 @pytest.mark.parametrize("world", WORLDS)

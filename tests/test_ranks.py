@@ -69,7 +69,10 @@ def test_families_are_compared_within_each_set_of_replicas_and_among_ranks_that_
         Replicas("rgb", gradients=True, weights=True, ranks=()),
     )
     without = compared(families, checksums, ("rgb", "depth"), {0, 1, 3, 4, 5})
-    assert all(found.weights and found.gradients for found in without)
+    assert [(found.stream, found.weights, found.gradients) for found in without] == [
+        ("depth", True, True),
+        ("rgb", True, True),
+    ]
 
 
 # Checksums --------------------------------------------------------------------------------------------------------

@@ -14,17 +14,14 @@ from ddp_streammon.reference import METRICS, main, metric_lines, metric_of, rule
 from ddp_streammon.rules import evaluated, evidence, guide
 from ddp_streammon.rules.engine import Rule, adjusted
 from ddp_streammon.sinks import read_jsonl
-from tests.application import SMALL, train_ranks
 
 STREAMS = ("fou", "pix")
 OWN = {"loss", "samples", "correct", "epoch", "train_loss", "train_acc", "val_loss", "val_acc"}
-EVERYTHING = ("evaluation=full", "monitor.local_gradients=true", "monitor.update_every=2", "sinks.html.enabled=false")
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
-def test_every_key_of_a_full_run_is_in_the_reference(tmp_path: Path) -> None:
-    train_ranks(2, [*SMALL, "trainer.epochs=1", *EVERYTHING], tmp_path)
-    found = {key for record in read_jsonl(tmp_path / "metrics.jsonl") for key in record.get("values", {})}
+def test_every_key_of_a_full_run_is_in_the_reference(main_job: tuple[Path, str]) -> None:
+    found = {key for record in read_jsonl(main_job[0] / "metrics.jsonl") for key in record.get("values", {})}
     assert len(found) > 200
     unknown = {key for key in found if metric_of(key, STREAMS) is None}
     assert unknown == OWN

@@ -78,7 +78,7 @@ def _all_faults() -> dict[str, tuple[list[tuple[str, str | None]], str]]:
     return {fault: train(fault) for fault in FAULTS}
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_preflight_says_what_will_not_train(world: int) -> None:
     first, *others = run_ranks(world, _all_faults)
     assert {fault: findings for fault, (findings, _) in first.items()} == EXPECTED

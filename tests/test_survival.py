@@ -26,7 +26,7 @@ from ddp_streammon.evaluation import Items
 from ddp_streammon.report import Report
 from ddp_streammon.sinks import JsonlSink, MemorySink, guard, read_jsonl
 from ddp_streammon.sinks.wandb import STEP_AXIS
-from tests.application import train
+from tests.application import command, train
 from tests.faults import SMALL, Broken
 from tests.networks import STREAMS, batch, loss_of, network, part
 from tests.ranks import CONTEXT, run_ranks
@@ -188,7 +188,7 @@ def _failing_evaluations() -> dict[str, str]:
     return heard
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_rank_that_fails_in_an_evaluation_ends_all_of_them_with_its_name(world: int) -> None:
     for heard in run_ranks(world, _failing_evaluations):
         assert re.fullmatch(r"the evaluation failed on rank 1: OSError: item \d+ is torn", heard["item"])
@@ -279,7 +279,7 @@ def test_a_job_on_a_full_disk_goes_on(tmp_path: Path, caplog: pytest.LogCaptureF
 
 def test_the_job_outlives_wandbs_service(tmp_path: Path) -> None:
     overrides = [*SMALL, "trainer.epochs=2", *target("service_killed", at=5), "sinks.wandb.log_every=1"]
-    done = start("-m", "ddp_streammon.train", *overrides, folder=tmp_path, STREAMMON_RUN="orphan", WANDB_SILENT="true")
+    done = command(*overrides, folder=tmp_path, run="orphan")
     assert done.returncode == 0, done.stderr
     run_dir = tmp_path / "outputs" / "orphan"
     *records, outcome = read_jsonl(run_dir / "metrics.jsonl")

@@ -33,6 +33,9 @@ LAYOUTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+DDP_ON_TWO = pytest.param("ddp", 2, marks=pytest.mark.slow)
+
+
 @dataclass(frozen=True)
 class Answer:
     """Of one rank: for each stream {step: (norm, ratio)} from History, and {optimizer step: the same} kept by hand."""
@@ -114,7 +117,7 @@ def expected_calls(update_every: int, every: int) -> dict[int, int]:
 
 @pytest.mark.parametrize(("update_every", "every"), SAMPLED)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize(("layout", "world"), [("ddp", 1), ("ddp", 2), ("ddp", 3), ("fsdp2", 2)])
+@pytest.mark.parametrize(("layout", "world"), [("ddp", 1), DDP_ON_TWO, ("ddp", 3), ("fsdp2", 2)])
 def test_figures_are_those_kept_by_hand_in_the_steps_that_have_them(
     layout: str, world: int, kind: str, update_every: int, every: int
 ) -> None:
@@ -128,7 +131,7 @@ def test_figures_are_those_kept_by_hand_in_the_steps_that_have_them(
                 assert figures == pytest.approx(answer.by_hand[stream][calls[at]], rel=1e-6)
 
 
-@pytest.mark.parametrize(("layout", "world"), [("ddp", 2), ("ddp", 3), ("fsdp2", 2)])
+@pytest.mark.parametrize(("layout", "world"), [DDP_ON_TWO, ("ddp", 3), ("fsdp2", 2)])
 def test_ranks_agree_to_the_bit_and_keep_one_copy_together(layout: str, world: int) -> None:
     answers = trained(layout, world)
     size = sum(parameter.numel() for parameter in network().parameters())
