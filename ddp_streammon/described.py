@@ -54,12 +54,13 @@ class StreamSetup:
 class Setup:
     """A training as it was built; rank 0's view, so that it is the same on every rank.
 
-    `replicated`: several ranks hold the same part of something. `wrapped`: DistributedDataParallel is seen. `moded`:
-    there are modules that do something else in eval mode. `adaptive`: all optimizers are (`ADAPTIVE`).
+    `data_ranks`: of the ranks that see the same data the first each. `replicated`: several ranks hold the same part of
+    something. `wrapped`: DistributedDataParallel is seen. `moded`: there are modules that do something else in eval
+    mode. `adaptive`: all optimizers are (`ADAPTIVE`).
     """
 
     world: int
-    data_ranks: int
+    data_ranks: tuple[int, ...]
     replicated: bool
     wrapped: bool
     moded: bool
@@ -82,7 +83,8 @@ class Setup:
             name: StreamSetup(**stream | {"rates": tuple(stream["rates"]), "decays": tuple(stream["decays"])})
             for name, stream in values["streams"].items()
         }
-        return cls(**{**values, "optimizers": tuple(values["optimizers"]), "streams": of_streams})
+        tuples = {name: tuple(values[name]) for name in ("optimizers", "data_ranks")}
+        return cls(**{**values, **tuples, "streams": of_streams})
 
 
 def describe(
@@ -91,7 +93,7 @@ def describe(
     optimizers: Sequence[torch.optim.Optimizer],
     *,
     world: int,
-    data_ranks: int,
+    data_ranks: Sequence[int],
     replicated: bool,
     whole: Collection[str],
 ) -> Setup:
@@ -99,7 +101,7 @@ def describe(
     held = {id(p): group for o in optimizers for group in o.param_groups for p in group["params"]}
     return Setup(
         world=world,
-        data_ranks=data_ranks,
+        data_ranks=tuple(data_ranks),
         replicated=replicated,
         wrapped=any(isinstance(module, DistributedDataParallel) for module in model.modules()),
         moded=any(isinstance(module, MODED) for module in model.modules()),

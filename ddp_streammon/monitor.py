@@ -147,7 +147,7 @@ class StreamMonitor(Joinable):
             self.model,
             self._optimizers,
             world=self._collective.topology.world_size,
-            data_ranks=self._collective.topology.data_size,
+            data_ranks=self._collective.topology.first_ranks,
             replicated=self._meter.replicated,
             whole=self._meter.whole,
         )

@@ -32,6 +32,8 @@ class Topology:
     world_size: int = 1
     data_rank: int = 0
     data_size: int = 1
+    first_ranks: tuple[int, ...] = (0,)
+    """Of those that see the same data the first, for each data rank."""
 
     @classmethod
     def of(cls, rank: int, world_size: int, peers: Sequence[Sequence[int]] | None = None) -> Topology:
@@ -46,7 +48,7 @@ class Topology:
                 "model_peers=(the ranks that see this rank's data, itself included) on every rank"
             )
         place = next(number for number, group in enumerate(groups) if rank in group)
-        return cls(rank, world_size, place, len(groups))
+        return cls(rank, world_size, place, len(groups), tuple(group[0] for group in groups))
 
     @property
     def model_peers(self) -> float:

@@ -25,7 +25,7 @@ def setup(ranks: int = 2, **streams: Any) -> Setup:
     usual = StreamSetup(4, 4, 4, (0.05,), True, (1e-4,), 0.58, False, True, False)
     names = (*STREAMS, "shared")
     of_streams = {name: dataclasses.replace(usual, **streams.get(name, {})) for name in names}
-    return Setup(ranks, ranks, ranks > 1, ranks > 1, True, ("SGD",), of_streams)
+    return Setup(ranks, tuple(range(ranks)), ranks > 1, ranks > 1, True, ("SGD",), of_streams)
 
 
 def step(

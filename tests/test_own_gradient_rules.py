@@ -195,7 +195,9 @@ def test_nothing_is_said_of_healthy_ranks(world: int, seeds: int) -> None:
 
 def engine_of(rule: Rule, streams: Sequence[str], data_ranks: int = 64) -> Engine:
     setups = dict.fromkeys(streams, StreamSetup(2, 2, 2))
-    return Engine([rule], Setup(64, data_ranks, True, True, False, (), setups), Intent(), parameters=["a", "b"])
+    return Engine(
+        [rule], Setup(64, tuple(range(data_ranks)), True, True, False, (), setups), Intent(), parameters=["a", "b"]
+    )
 
 
 def step_of(step: int, local: Sequence[LocalNorms], names: Sequence[str], nonfinite: int = 0) -> StepStats:

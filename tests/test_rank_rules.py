@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import re
@@ -26,8 +27,8 @@ from ddp_streammon.packet import CELL_BYTES, LIMIT_BYTES, Layout
 from ddp_streammon.ranks import RankFacts, Replicas
 from ddp_streammon.rules.engine import Engine
 from ddp_streammon.rules.finding import Finding
-from ddp_streammon.rules.of_inputs import SameBatch
-from ddp_streammon.rules.of_ranks import Diverged, Slow
+from ddp_streammon.rules.of_inputs import OtherScale, SameBatch
+from ddp_streammon.rules.of_ranks import Diverged, OtherLoss, Slow, Uneven
 from ddp_streammon.stats import StepStats
 from tests.networks import STREAMS, batch, loss_of, network, part
 from tests.ranks import run_ranks
@@ -322,7 +323,7 @@ def pace_of(rank: int, busy: float, step: float = 0.1) -> RankFacts:
 
 
 def standing(facts_at: Callable[[int], list[RankFacts]], steps: int = 100) -> list[Finding]:
-    setup = Setup(64, 64, True, True, False, (), {})
+    setup = Setup(64, tuple(range(64)), True, True, False, (), {})
     engine = Engine([Slow()], setup, Intent())
     result: list[Finding] = []
     for number in range(1, steps + 1):
@@ -434,6 +435,31 @@ def test_equal_inputs_are_not_the_same_batch_where_another_stream_cannot_be_seen
 
     assert said(prompts, 10, rules=[SameBatch()]) == {}
     assert len(said(lambda number: prompts(number, True), 10, rules=[SameBatch()])) == 1
+
+
+OF_TWO_SHARDS: dict[str, tuple[dict[str, Any], tuple[str, str | None, int | None]]] = {
+    "fed the same batches": ({}, ("SAME", None, None)),
+    "a smaller batch": ({"facts": {rank: {"samples": 8.0} for rank in (2, 3)}}, ("BATCH", None, 2)),
+    "another loss": ({"details": {rank: {"loss": 4.0} for rank in (2, 3)}}, ("LOSS", None, 2)),
+    "other inputs": ({"inputs": {("fou", rank): {"std": 30.0} for rank in (2, 3)}}, ("INR", "fou", 2)),
+}
+
+
+@pytest.mark.parametrize("name", OF_TWO_SHARDS)
+def test_of_ranks_that_share_a_batch_the_first_is_compared_with_those_of_other_data(name: str) -> None:
+    """Ranks 0 and 1 see the same data on purpose, and so do 2 and 3."""
+    changes, expected = OF_TWO_SHARDS[name]
+    built = dataclasses.replace(setup(4), data_ranks=(0, 2))
+
+    def change(number: int) -> dict[str, Any]:
+        details = {rank: {"batch": float(1000 * number + rank // 2)} for rank in range(4)}
+        of_fault = changes.get("details", {})
+        batch = {"batch": float(number)} if name == "fed the same batches" else {}
+        return {**changes, "details": {rank: {**details[rank], **of_fault.get(rank, {}), **batch} for rank in range(4)}}
+
+    rules = [SameBatch(), Uneven(), OtherLoss(), OtherScale()]
+    assert list(said(change, 60, ranks=4, built=built, rules=rules)) == [expected]
+    assert said(lambda number: {}, 60, ranks=4, built=built, rules=rules) == {}
 
 
 def _mixed() -> list[tuple[str, str | None, int | None, int | None]]:

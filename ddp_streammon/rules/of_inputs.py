@@ -155,7 +155,7 @@ class OtherScale(Rule):
     id: ClassVar[str] = "INR"
     destabilises: ClassVar[bool] = True
     kind: ClassVar[Kind] = Kind.input
-    requires: ClassVar[tuple[str, ...]] = ("inputs", "data ranks", "no model peers")
+    requires: ClassVar[tuple[str, ...]] = ("inputs", "data ranks")
 
     WINDOW: ClassVar[int] = 10
     hold: int = 2
@@ -170,7 +170,7 @@ class OtherScale(Rule):
     def check(self, view: View) -> Iterator[Signal]:
         for steps in view.turns(self.WINDOW):
             for stream in view.streams:
-                yield from self._among(stream, _given(steps, view.number(stream)))
+                yield from self._among(stream, view.of_data(_given(steps, view.number(stream))))
 
     def _among(self, stream: str, given: Mapping[int, Sequence[StreamInput]]) -> Iterator[Signal]:
         """Of ranks that are heard together."""
@@ -231,12 +231,12 @@ def _given(steps: Iterable[StepStats], number: int) -> dict[int, list[StreamInpu
 class SameBatch(Rule):
     """SAME: ranks are fed the same batches: samples of all streams' inputs agree bit for bit, `hold` measured steps in
     a row, while batches change from step to step. Where a stream's inputs cannot be seen, the ranks' losses have to,
-    too; without these, the norms of their own gradients in every stream. No threshold; ranks that share a batch on
-    purpose (tensor parallel) are not compared."""
+    too; without these, the norms of their own gradients in every stream. No threshold; of ranks that share a batch on
+    purpose (tensor parallel) the first is compared with those of other data."""
 
     id: ClassVar[str] = "SAME"
     severity: ClassVar[Severity] = Severity.error
-    requires: ClassVar[tuple[str, ...]] = ("data ranks", "no model peers")
+    requires: ClassVar[tuple[str, ...]] = ("data ranks",)
     explains: ClassVar[bool] = False
     preflight: ClassVar[bool] = True
 
@@ -245,7 +245,7 @@ class SameBatch(Rule):
 
     def check(self, view: View) -> Iterator[Signal]:
         by_batch: dict[tuple[float, float], list[int]] = {}
-        for rank, detail in view.details.items():
+        for rank, detail in view.of_data(view.details).items():
             seen = all(detail.inputs[view.number(stream)].calls > 0 for stream in view.streams)
             figures = (0.0 if math.isnan(detail.batch) else detail.batch, 0.0 if seen else detail.loss)
             if not math.isnan(figures[1]):
@@ -254,8 +254,10 @@ class SameBatch(Rule):
             same = [rank for ranks in by_batch.values() if len(ranks) > 1 for rank in ranks]
             batches = view.of_ranks(_batch, self.hold) if same else {}
             alike = [rank for rank in same if self._change(batches.get(rank, []))]
-        else:
+        elif len(view.setup.data_ranks) == view.setup.world:
             alike = _of_one_norm(view.now.local)
+        else:
+            alike = []
         if alike:
             yield Signal(
                 seen=f"{few(sorted(alike))} are fed the same batches",

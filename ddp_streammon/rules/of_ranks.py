@@ -149,14 +149,14 @@ class Uneven(Rule):
     weighs ranks alike, hence the items of the small batch more. Of two ranks the smaller is named."""
 
     id: ClassVar[str] = "BATCH"
-    requires: ClassVar[tuple[str, ...]] = ("data ranks", "no model peers", "samples")
+    requires: ClassVar[tuple[str, ...]] = ("data ranks", "samples")
 
     hold: int = 5
     factor: float = 2.0
     """A choice: the last batch of an epoch may be smaller, and is one step."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        samples = {rank: n for rank, n in _known(view, lambda facts: facts.samples).items() if n > 0}
+        samples = {rank: n for rank, n in view.of_data(_known(view, lambda facts: facts.samples)).items() if n > 0}
         if len(set(samples.values())) < 2:
             return
         odd, apart = odd_one(samples)
@@ -288,7 +288,7 @@ class OtherLoss(Rule):
 
     id: ClassVar[str] = "LOSS"
     kind: ClassVar[Kind] = Kind.windowed
-    requires: ClassVar[tuple[str, ...]] = ("data ranks", "no model peers", "loss")
+    requires: ClassVar[tuple[str, ...]] = ("data ranks", "loss")
 
     WINDOW: ClassVar[int] = 20
     hold: int = 3
@@ -306,7 +306,7 @@ class OtherLoss(Rule):
 
     def _among(self, view: View, steps: Sequence[StepStats]) -> Iterator[Signal]:
         """Of ranks that are heard together."""
-        own = by_rank(steps, lambda facts: math.nan if facts.detail is None else facts.detail.loss)
+        own = view.of_data(by_rank(steps, lambda facts: math.nan if facts.detail is None else facts.detail.loss))
         losses = {rank: statistics.median(of.values()) for rank, of in own.items() if len(of) >= self.WINDOW // 2}
         if len(losses) < 2:
             return

@@ -202,6 +202,7 @@ class View:
         self.streams = tuple([name for name in self.now.streams if name != keys.SHARED])
         """The user's streams, without `shared`."""
         self._numbers = {name: number for number, name in enumerate(self.now.streams)}
+        self._data_ranks = frozenset(setup.data_ranks)
         self._trained: dict[str, bool] = {}
         """Of the streams that were asked for."""
         self.details = {rank.rank: rank.detail for rank in self.now.rank_facts if rank.detail is not None}
@@ -214,6 +215,10 @@ class View:
     def number(self, stream: str) -> int:
         """Its place among all streams."""
         return self._numbers[stream]
+
+    def of_data(self, by_rank: Mapping[int, T]) -> dict[int, T]:
+        """What is known of ranks, of those alone that see data of their own: of others that do the first."""
+        return {rank: of for rank, of in by_rank.items() if rank in self._data_ranks}
 
     def parameter(self, number: int) -> str:
         """Its name; its number where names are not known, as in a replay."""
@@ -297,10 +302,12 @@ def _mean(step: StepStats, scalar: str) -> float:
 
 
 REQUIREMENTS: dict[str, Callable[[View], str]] = {
-    "data ranks": lambda v: "" if v.setup.data_ranks > 1 and len(v.now.rank_facts) > 1 else "one rank sees all data",
+    "data ranks": lambda v: (
+        "" if len(v.setup.data_ranks) > 1 and len(v.now.rank_facts) > 1 else "one rank sees all data"
+    ),
     "replicas": lambda v: "" if v.setup.replicated else "no rank holds what another one holds",
     "no model peers": lambda v: (
-        "" if v.setup.data_ranks == v.setup.world else "some ranks see the same data on purpose"
+        "" if len(v.setup.data_ranks) == v.setup.world else "some ranks see the same data on purpose"
     ),
     "optimizer": lambda v: "" if v.setup.optimizers else "no optimizer is known: pass it to the monitor",
     "loss": lambda v: "" if "loss" in v.now.scalars else "no loss is given to monitor.step",
