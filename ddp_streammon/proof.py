@@ -21,7 +21,8 @@ class Proof:
 
     An audit shows that where all ranks hold the same bits and there is something to compare: gradients that are missing
     or zero on every rank are equal whether or not anybody synchronises them. What was shown stays so until an audit
-    finds a family that differs. All of it follows from summed packets. Comm: none.
+    finds a family that differs, or a gradient that lies otherwise in memory. All of it follows from summed packets.
+    Comm: none.
     """
 
     def __init__(self, families: Sequence[Family], rank: int, world_size: int) -> None:
@@ -106,31 +107,40 @@ def checksums(families: Sequence[Family], held: Sequence[Family], gradient: Sour
 def shown_cells(families: Sequence[Family], held: Sequence[Family], gradient: Source, device: torch.device) -> Tensor:
     """Of each parameter 1 where this rank's gradient shows something: where it is not missing and not all zeros.
 
-    1 also for parts without elements, and for what is not in `held`; 0 for parameters of other ranks.
+    1 also for parts without elements, and for what is not in `held`; 0 for parameters of other ranks. nan where the
+    gradient lies in memory in another order than the parameter, as it may on this rank alone: pieces that are cut in
+    the order of memory would then not be the same elements on all ranks.
 
     Shape: [P] float64. Comm, Sync: none.
     """
     read = _ids(held)
-    cells = []
+    cells: list[float] = []
+    found: dict[int, Tensor] = {}
     for family in families:
-        cells += [
-            _shows(local(parameter), gradient(parameter)) if id(parameter) in read else torch.ones(())
-            for parameter in family.parameters
-        ]
-        cells += [torch.zeros(())] * (family.size - len(family.parameters))
-    on_device = [cell.to(device, torch.float64, non_blocking=True) for cell in cells]
-    return torch.stack(on_device) if on_device else torch.zeros(0, dtype=torch.float64)
+        for parameter in family.parameters:
+            part, its = local(parameter), gradient(parameter)
+            if id(parameter) not in read or not part.numel():
+                cells.append(1.0)
+            elif its is None:
+                cells.append(0.0)
+            elif its.layout == torch.strided and _order(its) != _order(part):
+                cells.append(math.nan)
+            else:
+                found[len(cells)] = torch.count_nonzero(its if its.layout == torch.strided else its.to_dense()) > 0
+                cells.append(0.0)
+        cells += [0.0] * (family.size - len(family.parameters))
+    result = torch.tensor(cells, dtype=torch.float64, device=device)
+    if found:
+        shown = torch.stack([cell.to(device) for cell in found.values()])
+        result[torch.tensor(list(found), device=device)] = shown.double()
+    return result
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """The dimensions with several elements, in the order in which memory runs through them (`moments.torch.flat`)."""
+    dimensions = [dimension for dimension in range(tensor.dim()) if tensor.shape[dimension] > 1]
+    return sorted(dimensions, key=tensor.stride, reverse=True)
 
 
 def _ids(families: Sequence[Family]) -> set[int]:
     return {id(parameter) for family in families for parameter in family.parameters}
-
-
-def _shows(part: Tensor, gradient: Tensor | None) -> Tensor:
-    if not part.numel():
-        return torch.ones(())
-    if gradient is None:
-        return torch.zeros(())
-    if gradient.layout != torch.strided:
-        gradient = gradient.to_dense()
-    return torch.count_nonzero(gradient) > 0

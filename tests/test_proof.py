@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp_streammon import MonitorConfig, RuleSet, StreamMonitor
 from ddp_streammon.plan import Measurement
-from ddp_streammon.proof import Proof
+from ddp_streammon.proof import Proof, shown_cells
 from ddp_streammon.ranks import RankFacts, Replicas
 from ddp_streammon.shards import Family
 from ddp_streammon.stats import StepStats
@@ -119,6 +119,42 @@ def test_gradients_that_were_missing_or_zero_are_compared_when_they_come(kind: s
     assert read == (2 * SIZE if kind == "gated, synchronised" else 3 * SIZE)
 
 
+def _transposed_on_rank_0() -> list[tuple[float, float]]:
+    """The norm and the largest element of a synchronised gradient that rank 0 has in another order of memory."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(100, 120, bias=False)})
+    monitor = StreamMonitor(model, None, {"a": "a"}, config=MonitorConfig(rules=RuleSet.off))
+    found = []
+    for _ in range(4):
+        gradient = torch.arange(12_000.0).view(120, 100)
+        model["a"].weight.grad = gradient.t().contiguous().t() if dist.get_rank() == 0 else gradient
+        figures = monitor.step()
+        found.append((figures["a_grad_norm"], figures["a_grad_max"]))
+    return found
+
+
+def test_gradients_in_another_order_of_memory_are_not_cut() -> None:
+    expected = (torch.arange(12_000.0).double().norm().item(), 11_999.0)
+    for answer in run_ranks(2, _transposed_on_rank_0):
+        assert answer == [pytest.approx(expected)] * 4
+
+
+def test_the_order_of_memory_is_asked_where_it_matters() -> None:
+    """Not of dimensions of one element, nor of gaps; sparse gradients are never cut."""
+    images, gaps, alone = torch.zeros(4, 3, 2, 2), torch.zeros(4, 12)[:, ::2], torch.zeros(5, 1)
+    parameters = [nn.Parameter(tensor) for tensor in (images, gaps, alone, torch.zeros(3, 2))]
+    gradients: list[Tensor | None] = [
+        torch.ones(4, 3, 2, 2).contiguous(memory_format=torch.channels_last),
+        torch.ones(4, 6),
+        torch.ones(1, 5).t(),
+        torch.ones(3, 2).to_sparse(),
+    ]
+    family = Family(0, ((0, 1),), tuple(parameters), size=4, first=True)
+    source = dict(zip(map(id, parameters), gradients, strict=True))
+    cells = shown_cells([family], [family], lambda parameter: source[id(parameter)], torch.device("cpu"))
+    assert cells.tolist() == pytest.approx([math.nan, 1, 1, 1], nan_ok=True)
+
+
 def audit(*found: tuple[bool, bool], ranks: int = 4) -> StepStats:
     """An audit that so many ranks took part in; of each family whether gradients and weights are equal."""
     facts = tuple(RankFacts(rank, (), (), 1.0, 1.0, 1.0, 1.0) for rank in range(ranks))
@@ -139,6 +175,13 @@ def test_only_parameters_that_every_holder_has_shown_are_equal() -> None:
     assert [(share.weight, len(share.pieces)) for share in proof.shares([family])] == [(1.0, 1), (0.5, 2)]
     assert proof.take(audit((True, True), ranks=3), [0, 3, 2])  # under `Join` one has left: three hold all there is
     assert proof.to_dict()["equal"] == [True, True, False]
+
+
+def test_a_gradient_that_lies_otherwise_in_memory_is_no_longer_cut() -> None:
+    proof, _ = proof_of()
+    proof.take(audit((True, True)), [4, 4, 0])
+    assert proof.take(audit((True, True)), [4, math.nan, 0])
+    assert proof.to_dict()["equal"] == [True, False, False]
 
 
 @pytest.mark.parametrize("found", [(False, True), (True, False)])
