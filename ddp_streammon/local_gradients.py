@@ -179,4 +179,9 @@ def _in_one(wrapped: DistributedDataParallel) -> bool:
     mark_variable_ready_dense). Not where parameters may come several times, or never (`static_graph`). With
     `find_unused_parameters` DDP keeps its first buckets, and tells of none.
     """
-    return not (wrapped.static_graph or (wrapped.gradient_as_bucket_view and wrapped._comm_hooks))
+    return not (wrapped.static_graph or (wrapped.gradient_as_bucket_view and _has_hook(wrapped)))
+
+
+def _has_hook(wrapped: DistributedDataParallel) -> bool:
+    """Whether a communication hook is there, of Python or one of the built-in ones, of which the logger alone tells."""
+    return bool(wrapped._comm_hooks or wrapped._get_ddp_logging_data().get("comm_hook"))  # type: ignore[no-untyped-call]

@@ -24,7 +24,7 @@ from ddp_streammon.moments import ABS_MAX, Reader, Source, moments, reader
 from ddp_streammon.packet import Draft, Layout
 from ddp_streammon.plan import Measurement, Plan
 from ddp_streammon.power import gradient_power
-from ddp_streammon.ranks import bit_sum
+from ddp_streammon.proof import Proof, checksums, shown_cells
 from ddp_streammon.scaling import inverse_scale, inverse_scale_of_backward, unscale
 from ddp_streammon.shards import Family, Share, families, holdings, local, model_peers, refuse_unsupported, shares
 from ddp_streammon.stats import (
@@ -36,11 +36,11 @@ from ddp_streammon.stats import (
     MAXIMA,
     MOMENTS,
     SCALARS,
+    SHOWN,
     STATE,
     UPDATES,
     Figures,
     ScalarLike,
-    StepStats,
 )
 from ddp_streammon.streams import StreamSet
 from ddp_streammon.updates import Updates
@@ -88,7 +88,7 @@ class GradientMeter:
         }
         self.agreed: tuple[Linear, ...] = ()
         """The gradients that are squared after the sum; the same on every rank."""
-        self._proved = [False] * len(self._families)
+        self._proof = Proof(self._families, self._rank, collective.topology.world_size)
         self._facts = Facts(self._rank, streams, model, self._optimizers)
         self._local = LocalGradients(streams, model, self.device) if local_gradients else None
         self._details: Details | None = None
@@ -110,8 +110,9 @@ class GradientMeter:
         number = len(self._streams.streams)
         rows = number if self._details is None else 3 * number
         layers = () if self._details is None else (self._details.layers,)
-        self.shares: tuple[Share, ...] = shares(held, self._rank, self._proved)
-        self.weight_shares = shares(self._families, self._rank, self._proved)
+        self.shares: tuple[Share, ...] = self._proof.shares(held)
+        self.weight_shares = self._proof.shares(self._families)
+        self._open = self._proof.open(held)
         self._read: Reader = reader((*self.shares, *layers), rows, self.device)
         everything = shares(held, self._rank, [False] * len(held))
         self._read_in_full: Reader = reader((*everything, *layers), rows, self.device)
@@ -187,7 +188,8 @@ class GradientMeter:
         given = user_numbers(tuple(plan.scalars), numbers, samples, self.device)
         found, refused = self.summed_later()
         unplanned = bool(refused or set(found) - set(plan.tensors))
-        draft.say(STATE, [1.0, float(scaled), math.nan if epoch is None else epoch, float(unplanned)])
+        asks = any(parameter.grad is not None for parameter in self._open)
+        draft.say(STATE, [1.0, float(scaled), math.nan if epoch is None else epoch, float(unplanned), float(asks)])
         draft.say(SCALARS, given.cells)
         draft.say(BAD, [given.bad])
         if plan.of_step:
@@ -205,7 +207,8 @@ class GradientMeter:
         if plan.of_step:
             self._put_beside(draft, inverse_scale_of_backward(scaler))
         if audit:
-            draft.put(CHECKSUMS, self._checksums())
+            draft.put(CHECKSUMS, checksums(self._families, self._squared, _gradient, self.device))
+            draft.put(SHOWN, shown_cells(self._families, self._squared, _gradient, self.device))
         in_turn = self._rank in layout.heard(turn)
         read = self._read_in_full if in_full else self._read
         source = _gradient if self._has_dtensors else _plain_gradient
@@ -271,34 +274,26 @@ class GradientMeter:
         size = self._collective.topology.world_size
         return Measurement(call, plan, reduction, size, turn, audit, shadow, updates)
 
-    def prove(self, step: StepStats) -> None:
+    def prove(self, audit: Measurement) -> None:
         """Take over what an audit has shown: replicas that are equal are shared out from now on, others are not.
 
         To be called at the same call of `step` on every rank.
         """
-        equal = iter(step.replicas)
-        proved = []
-        for family in self._families:
-            found = next(equal) if any(len(ranks) > 1 for ranks in family.sets) else None
-            proved.append(found is not None and found.gradients and found.weights)
-        self._take_over(proved)
+        self._take_over(self._proof.take(audit.read(), audit.shown))
 
-    def _take_over(self, proved: list[bool]) -> None:
-        if proved != self._proved:
-            self._proved = proved
+    def _take_over(self, is_new: bool) -> None:
+        if is_new:
             self._make_readers()
             self._updates.share(self.weight_shares)
+        self._open = self._proof.open(self._squared)
 
     def proof(self) -> dict[str, Any]:
-        """What audits have shown to be equal so far, and among how many ranks (0: nothing yet), as plain values."""
-        ranks = self._collective.topology.world_size if any(self._proved) else 0
-        return {"ranks": ranks, "equal": list(self._proved)}
+        """What audits have shown to be equal so far, as plain values."""
+        return self._proof.to_dict()
 
     def trust(self, proof: Mapping[str, Any]) -> None:
-        """Take over a `proof`, where as many ranks hold as many families; the next audit looks again."""
-        size = self._collective.topology.world_size
-        if (proof["ranks"], len(proof["equal"])) == (size, len(self._families)):
-            self._take_over(list(proof["equal"]))
+        """Take over a `proof`, where as many ranks hold as much; the next audit looks again."""
+        self._take_over(self._proof.trust(proof))
 
     def clip_(self, measurement: Measurement, max_norm: float, *, per_stream: bool) -> Tensor:
         """Clip by the norms of a measurement of the present gradients; see `clipping.clip_`."""
@@ -362,15 +357,6 @@ class GradientMeter:
             draft.put(UPDATES, update)
         if self._local is not None:
             draft.put(LOCAL, self._local.take(inverse_scale))
-
-    def _checksums(self) -> Tensor:
-        """[F, 2] bit-sums of the gradients and of the weights that this rank holds."""
-        rows = []
-        for family, squared in zip(self._families, self._squared, strict=True):
-            gradients = [_gradient(parameter) for parameter in squared.parameters]
-            weights = [local(parameter) for parameter in family.parameters]
-            rows.append(torch.stack([bit_sum(tensors, self.device) for tensors in (gradients, weights)]))
-        return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64)
 
 
 _plain_gradient: Source = attrgetter("grad")

@@ -17,7 +17,7 @@ from ddp_streammon.linear import Linear
 from ddp_streammon.moments import ABS_MAX
 from ddp_streammon.packet import Layout
 from ddp_streammon.shards import Family
-from ddp_streammon.stats import LINEAR, MAXIMA, MOMENTS, Figures, StepStats
+from ddp_streammon.stats import LINEAR, MAXIMA, MOMENTS, SHOWN, STATE, Figures, StepStats
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Plan:
     ) -> Plan:
         """The plan for these streams, numbers and tensors."""
         cells = linear.cell_count(tensors)
+        parameters = sum(family.size for family in families)
         made = functools.partial(
             stats.step_layout,
             *(streams, tuple(scalars), world_size),
@@ -64,7 +65,8 @@ class Plan:
             evidence=evidence,
         )
         names = stats.step_keys(streams, scalars)
-        return cls(streams, scalars, tensors, families, made(), made(families=len(families)), names, of_step)
+        audit = made(families=len(families), parameters=parameters)
+        return cls(streams, scalars, tensors, families, made(), audit, names, of_step)
 
 
 @dataclass
@@ -83,6 +85,10 @@ class Measurement:
     updates: bool
     """Whether the packet holds figures of an update."""
     result: StepStats | None = None
+    asks: bool = False
+    """Once it is read: whether a rank had gradients that no audit had compared."""
+    shown: tuple[float, ...] = ()
+    """Once an audit is read: the sums of `proof.shown_cells`."""
 
     @property
     def layout(self) -> Layout:
@@ -97,6 +103,8 @@ class Measurement:
                 _add_linear(sums, linear.moments(self.plan.tensors, sums[LINEAR], len(self.plan.streams)))
             heard = self.layout.heard(self.turn)
             compared = self.plan.families if self.audit else ()
+            self.asks = sums[STATE][-1] > 0
+            self.shown = tuple(sums.get(SHOWN, ()))
             self.result = stats.step_stats(
                 sums, self.plan.streams, self.plan.scalars, self.call, heard, self.world_size, compared
             )

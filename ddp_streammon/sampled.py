@@ -63,8 +63,8 @@ class Sampled:
         self._kept_at = -1
         self._group_sizes: tuple[int, ...] = ()
         self._counts: list[tuple[int, int]] = []
-        layers = {id(module.weight) for module in streams.model.modules() if isinstance(module, LAYERS)}
-        self._ends = [ends([p for p in parameters if id(p) in layers]) for parameters in self._all]
+        kernels = {id(_kernel(module)) for module in streams.model.modules() if isinstance(module, LAYERS)}
+        self._ends = [ends([p for p in parameters if id(p) in kernels]) for parameters in self._all]
         self._uncleared = Uncleared(self._all, device)
 
     def layers(self, first: int) -> Share:
@@ -224,6 +224,12 @@ def ends(kernels: Sequence[nn.Parameter]) -> tuple[nn.Parameter | None, nn.Param
     """The first and the last of these that is trained; (None, None) where there are fewer than two."""
     matrices = [p for p in kernels if p.requires_grad]
     return (matrices[0], matrices[-1]) if len(matrices) > 1 else (None, None)
+
+
+def _kernel(layer: nn.Module) -> nn.Parameter | None:
+    """The layer's weight; None where it is computed: `layer.weight` would run a parametrization, which may draw random
+    numbers or change its buffers (`spectral_norm`)."""
+    return layer._parameters.get("weight")
 
 
 def _spread(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:

@@ -87,12 +87,13 @@ class Family:
     """Parameters of one stream that are laid out alike over the ranks.
 
     `sets` are the ranks that hold the same part, for each part there is; `parameters` those of this rank (none if it
-    is in no set); `first`: whether its part begins with the parameters' first elements.
+    is in no set), `size` how many there are; `first`: whether its part begins with the parameters' first elements.
     """
 
     stream: int
     sets: tuple[tuple[int, ...], ...]
     parameters: tuple[nn.Parameter, ...]
+    size: int
     first: bool
 
     def peers(self, rank: int) -> tuple[int, ...]:
@@ -102,8 +103,9 @@ class Family:
 
 _Part: TypeAlias = "tuple[tuple[str, int, int], ...]"
 """Where a rank's part lies: (placement, parts, this part) along each mesh dimension that cuts the parameter."""
-_Kind: TypeAlias = "tuple[int, tuple[tuple[str, int], ...], str]"
-"""What ranks have in common: stream, (placement, parts) of each cut, digest of the parameters' names and shapes."""
+_Kind: TypeAlias = "tuple[int, tuple[tuple[str, int], ...], str, int]"
+"""What ranks have in common: stream, (placement, parts) of each cut, digest of the parameters' names and shapes, and
+their number."""
 Holdings: TypeAlias = "tuple[tuple[_Kind, tuple[int, ...]], ...]"
 """What a rank holds, in few words that can be compared across ranks."""
 
@@ -132,7 +134,8 @@ def families(streams: StreamSet, of_ranks: Sequence[Holdings], rank: int) -> tup
     for kind, parts in sets.items():
         mine, parameters = own.get(kind, ((), []))
         first = not any(index for _, _, index in mine)
-        result.append(Family(kind[0], tuple(tuple(ranks) for ranks in parts.values()), tuple(parameters), first))
+        held = tuple(tuple(ranks) for ranks in parts.values())
+        result.append(Family(kind[0], held, tuple(parameters), size=kind[-1], first=first))
     return tuple(result)
 
 
@@ -187,7 +190,7 @@ def _grouped(streams: StreamSet) -> list[tuple[tuple[_Kind, _Part], list[nn.Para
     for (number, part), items in groups.items():
         words = "\n".join(f"{item.name} {tuple(item.parameter.shape)}" for item in items)
         digest = hashlib.sha256(words.encode()).hexdigest()[:16]
-        kind = (number, tuple((placement, parts) for placement, parts, _ in part), digest)
+        kind = (number, tuple((placement, parts) for placement, parts, _ in part), digest, len(items))
         result.append(((kind, part), [item.parameter for item in items]))
     return result
 

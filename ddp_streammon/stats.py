@@ -226,9 +226,11 @@ def ratio(a: float, b: float) -> float:
 
 
 STATE, MOMENTS, SCALARS, LINEAR, UPDATES, SAMPLES = "state", "moments", "scalars", "linear", "updates", "samples"
-"""Plain fields: ranks that take part, those with a GradScaler in charge, and the sum of their epochs; the streams'
-additive figures; the user's numbers; gradients to be squared after the sum; squares of updates and of weights; the
-sums of `sampled.SUMS`."""
+"""Plain fields: ranks that take part, those with a GradScaler in charge, the sum of their epochs, and those with
+gradients that have no cells, and with some that no audit has compared; the streams' additive figures; the user's
+numbers; gradients to be squared after the sum; squares of updates and of weights; the sums of `sampled.SUMS`."""
+SHOWN = "shown"
+"""Plain, of audits: of each parameter of the families how many ranks have something to compare (proof.py)."""
 MAXIMA, BAD, FACTS, LOCAL, CHECKSUMS, DETAIL = (
     *("abs_max", "nonfinite_scalars", "facts"),
     *("local", "checksums", "detail"),
@@ -248,17 +250,19 @@ def step_layout(
     updates: bool = False,
     local: bool = False,
     families: int = 0,
+    parameters: int = 0,
     of_step: bool = True,
     evidence: bool = False,
 ) -> Layout:
-    """The packet of a monitored step: 6 S + 4 U + 4 plain cells and 3 S + 6 slots a rank.
+    """The packet of a monitored step: 6 S + 4 U + 5 plain cells and 3 S + 6 slots a rank.
 
     `linear` cells, and those of the `updates`, of `local` gradients and of what the rules ask as `evidence` (9 S plain
     cells, 14 S + 2 slots), where there are any; a packet with checksums of
-    `families` has the slots of all ranks at once, and so has one that is not `of_step`, which holds no facts.
+    `families`, of so many `parameters`, has the slots of all ranks at once, and so has one that is not `of_step`, which
+    holds no facts.
     """
     fields = [
-        Field(STATE, (4,)),
+        Field(STATE, (5,)),
         Field(MOMENTS, (len(streams), ABS_MAX)),
         Field(SCALARS, (len(scalars), 4)),
         Field(MAXIMA, (len(streams),), per_rank=True),
@@ -279,6 +283,7 @@ def step_layout(
         return Layout(tuple(fields), world_size)
     if families:
         fields.append(Field(CHECKSUMS, (families, 2), per_rank=True))
+        fields.append(Field(SHOWN, (parameters,)))
     return Layout(tuple(fields), world_size, limit_bytes=sys.maxsize)
 
 
@@ -304,7 +309,7 @@ def step_stats(
     whose checksums it holds. Where ranks are missing (`Join`) those that are left have read in full, for 1 / world
     size each: the moments are their mean.
     """
-    alive, scaled, epochs, unplanned = sums[STATE]
+    alive, scaled, epochs, unplanned, _ = sums[STATE]
     ranks = max(alive, 1.0)
     missing = world_size / ranks
     table = [[cell * missing for cell in row] for row in sums[MOMENTS]]

@@ -43,6 +43,10 @@ class Steps:
         self._gradient_plan = meter.plan({}, of_step=False)
         self._asked = False
         self._audited = False
+        self._compared_at: int | None = None
+        """The call at which the last audit was taken over; None while one is to come."""
+        self._pause, self._paused_until = 1, 0
+        """Measured steps from one audit that gradients ask for to the next, and the one before which none may be."""
         self._pending: deque[Measurement] = deque()
         self._fresh: Measurement | None = None
         self._to_act_on: deque[Measurement] = deque()
@@ -87,6 +91,7 @@ class Steps:
         """Count on from another number of calls; weights may have been loaded, so replicas are compared anew."""
         self.calls = calls
         self._audited = False
+        self._compared_at = None
         self._fresh = None
         self._meter.look_at_next(calls % self._config.every == 0)
 
@@ -130,10 +135,23 @@ class Steps:
             yield self._next()
         while self._to_act_on and self._to_act_on[0].call + self._config.delay <= self.calls:
             measured = self._to_act_on.popleft()
-            if measured.audit:
-                self._meter.prove(measured.read())
             if measured.read().unplanned:
                 self._plan = None
+            if measured.audit:
+                self._meter.prove(measured)
+                self._compared_at = self.calls
+            elif measured.asks:
+                self._ask_again(measured.call)
+
+    def _ask_again(self, call: int) -> None:
+        """There were gradients at `call` that no audit has compared: they were missing or zero before. Those that
+        stay zero ask in vain, hence ever more rarely."""
+        since_compared = self._compared_at is not None and call > self._compared_at
+        if since_compared and self._turn >= self._paused_until and self._pause < self._config.audit_every:
+            self._audited = False
+            self._compared_at = None
+            self._pause *= 2
+            self._paused_until = self._turn + self._pause
 
     def rest(self) -> Iterator[Measurement]:
         """Everything that is under way."""
@@ -197,7 +215,7 @@ class Steps:
         return (self.calls - 1) // self._config.every
 
     def _is_audit(self) -> bool:
-        """Whether this call compares replicas: the first of this process, and every so many."""
+        """Whether this call compares replicas: the first of this process, every so many, and those asked for."""
         due = not self._audited or self._turn % self._config.audit_every == 0
         self._audited = True
         return due

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ddp_streammon.shards import Piece, Share, local
 
 
 class Updates:
-    """Norms of weight updates, over this rank's share of the weights.
+    """Norms of weight updates, over this rank's share of the weights that an optimizer can change.
 
     Every `every` calls (0: never) the share is copied before the optimizer's step and compared at the next call; the
     figures ride in the next packet. Memory: a copy of this rank's share of the weights. Comm, Sync: none.
@@ -27,7 +28,7 @@ class Updates:
         self._num_streams = num_streams
         self._device = device
         self._table: Tensor | None = None
-        self._shares = self._next_shares = shares
+        self._shares = self._next_shares = _changeable(shares)
         self._copies: list[Tensor] = []
         self._armed = False
 
@@ -38,7 +39,7 @@ class Updates:
 
     def share(self, shares: Sequence[Share]) -> None:
         """Copy another share of the weights from the next time on; what is copied is still compared."""
-        self._next_shares = shares
+        self._next_shares = _changeable(shares)
 
     @torch.no_grad()
     def look(self, call: int) -> None:
@@ -83,6 +84,15 @@ class Updates:
         if self._copies:
             torch._foreach_sub_(self._copies, self._weights())
         self._table = torch.stack([self._read(Tensor.detach)[:, SQ_SUM], before], dim=1)
+
+
+def _changeable(shares: Sequence[Share]) -> list[Share]:
+    """Without what no optimizer changes: integers, booleans, and 8-bit floats, in which PyTorch does not calculate."""
+    return [replace(share, pieces=tuple(p for p in share.pieces if _is_changeable(p.parameter))) for share in shares]
+
+
+def _is_changeable(weight: Tensor) -> bool:
+    return (weight.is_floating_point() and weight.element_size() > 1) or weight.is_complex()
 
 
 def _of_copy(piece: Piece, copy: nn.Parameter) -> Piece:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
-from ddp_streammon import StreamMonitor
+from ddp_streammon import MonitorConfig, RuleSet, StreamMonitor
 from ddp_streammon.sinks import MemorySink
 from tests.networks import STREAMS, batch, loss_of, network
 from tests.ranks import run_ranks
@@ -116,6 +120,38 @@ def test_training_is_bit_identical_with_and_without_the_monitor(world: int) -> N
     for monitored, draws in run_ranks(world, _differences):
         assert monitored == []
         assert {"torch", "weights and buffers", "optimizer", "gradients"} <= set(draws)
+
+
+class Dropped(nn.Module):
+    """A parametrization that draws."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return nn.functional.dropout(weight, 0.3, self.training)
+
+
+def _end_of(parametrized: Callable[[nn.Module], nn.Module], rules: RuleSet | None) -> list[bytes]:
+    """Weights, buffers and random state after five steps, monitored where there are `rules`."""
+    torch.manual_seed(SEED)
+    model = nn.ModuleDict({"a": parametrized(nn.Linear(4, 4)), "b": nn.Linear(4, 4)})
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    config = MonitorConfig(rules=rules or RuleSet.off)
+    monitor = StreamMonitor(model, optimizer, {"a": "a", "b": "b"}, config=config) if rules else None
+    for _ in range(5):
+        optimizer.zero_grad()
+        x = torch.randn(8, 4)
+        (model["a"](x) - model["b"](x)).square().mean().backward()
+        if monitor is not None:
+            monitor.step()
+        optimizer.step()
+    return [_bytes(model.state_dict()), torch.get_rng_state().numpy().tobytes()]
+
+
+@pytest.mark.parametrize("rules", [RuleSet.evidence, RuleSet.off])
+@pytest.mark.parametrize("kind", ["spectral norm", "drawn"])
+def test_parametrizations_with_a_state_of_their_own_are_not_run(kind: str, rules: RuleSet) -> None:
+    drawn = functools.partial(parametrize.register_parametrization, tensor_name="weight", parametrization=Dropped())
+    parametrized = spectral_norm if kind == "spectral norm" else drawn
+    assert _end_of(parametrized, rules) == _end_of(parametrized, None)
 
 
 def failing(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:

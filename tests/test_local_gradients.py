@@ -59,6 +59,12 @@ def compressed(*, as_view: bool = False) -> nn.Module:
     return model
 
 
+def built_in() -> nn.Module:
+    model = DistributedDataParallel(network(), gradient_as_bucket_view=True, bucket_cap_mb=SMALL)
+    model._register_builtin_comm_hook(dist.BuiltinCommHookType.ALLREDUCE)  # type: ignore[no-untyped-call]
+    return model
+
+
 def sharded() -> nn.Module:
     model = network()
     for part_of_it in (model.rgb, model.depth, model):
@@ -85,6 +91,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "bfloat16": lambda: DDP(network().bfloat16(), bucket_cap_mb=SMALL),
     "comm_hook": compressed,
     "view_comm_hook": lambda: compressed(as_view=True),
+    "view_builtin_hook": built_in,
     "separately": separately,
     "no_sync": lambda: DDP(network(), bucket_cap_mb=SMALL),
     "no_sync_view": lambda: DDP(network(), gradient_as_bucket_view=True, bucket_cap_mb=SMALL),
@@ -213,6 +220,7 @@ def test_local_norms_equal_the_single_process_twin(world: int, kind: str) -> Non
         ("small_buckets", [1] * 8, [2, 6]),
         ("bucket_view", [1] * 8, [2, 6]),
         ("view_comm_hook", [1] * 8, [1] * 8),
+        ("view_builtin_hook", [1] * 8, [1] * 8),
         ("static_graph", [1] * 8, [1] * 8),
         ("unused", [1] * 8, [1] * 8),
         ("frozen", [1] * 6, [6]),

@@ -65,7 +65,7 @@ def _one_rank_asks_early() -> list[tuple[list[bool], str]]:
             monitor.step()
             if rank == 0 and call == asking:
                 monitor.flush()
-            proved.append(all(monitor._meter._proved))
+            proved.append(all(monitor._meter.proof()["equal"]))
         monitor.flush()
         found.append((proved, repr(monitor.history.state_dict())))
     return found

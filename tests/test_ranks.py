@@ -56,7 +56,7 @@ def test_a_vote_does_not_depend_on_the_order_of_ranks() -> None:
 
 
 def family(*sets: tuple[int, ...], stream: int = 0) -> Family:
-    return Family(stream, sets, (), first=True)
+    return Family(stream, sets, (), size=0, first=True)
 
 
 def test_families_are_compared_within_each_set_of_replicas_and_among_ranks_that_took_part() -> None:

@@ -41,7 +41,7 @@ def families_of(sizes: list[int], world: int, sets: tuple[tuple[int, ...], ...] 
     """Parameters of two streams in turn, held by all ranks alike or by `sets`."""
     held = sets or (tuple(range(world)),)
     parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
-    return [Family(number % 2, held, (parameter,), first=True) for number, parameter in enumerate(parameters)]
+    return [Family(number % 2, held, (parameter,), size=1, first=True) for number, parameter in enumerate(parameters)]
 
 
 def read(families: list[Family], world: int) -> list[list[Piece]]:

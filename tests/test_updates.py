@@ -195,6 +195,18 @@ def test_a_frozen_stream_is_not_changed() -> None:
     assert min(answer.history["rgb"].values()) > (0.0, 0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.float8_e4m3fn])
+def test_weights_that_no_optimizer_changes_are_left_out(dtype: torch.dtype) -> None:
+    """Frozen bases of adapters, and masks; a stream of nothing else has no figures."""
+    model = network()
+    model.rgb[3].register_parameter("base", nn.Parameter(torch.ones(5, 6).to(dtype), requires_grad=False))
+    model.fixed = nn.ParameterList([nn.Parameter(torch.ones(3).to(dtype), requires_grad=False)])
+    answer = alone(model, lambda: loss_of(model, batch()), STREAMS | {"fixed": "fixed"}, update_every=1)
+    without = network()
+    assert answer.history["rgb"] == alone(without, lambda: loss_of(without, batch()), update_every=1).history["rgb"]
+    assert answer.history["fixed"] == {}
+
+
 def updates_of_a_tiny_model() -> list[float]:
     model = DistributedDataParallel(nn.ModuleDict({"one": nn.Linear(2, 1)}))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
