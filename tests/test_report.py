@@ -110,8 +110,11 @@ def test_actions_as_overrides_and_in_words() -> None:
     assert describe_action(decay, "hydra") == "optim.streams.depth.weight_decay=0.05"
     assert describe_action(decay, "words") == "parameter group 'depth': weight_decay 0.02 -> 0.05"
     shared = Action(setting="lr", stream="shared", value=1 / 30000, old=math.nan)
-    assert describe_action(shared, "hydra") == "optim.lr=3.333e-05"
+    assert describe_action(shared, "hydra") == "optim.streams.shared.lr=3.333e-05"
     assert describe_action(shared, "words") == "parameter group 'shared': lr -> 3.333e-05"
+    whole = Action(setting="lr", stream="full", value=0.5, old=1.0)
+    assert describe_action(whole, "hydra") == "optim.lr=0.5"
+    assert describe_action(whole, "words") == "all parameter groups: lr 1 -> 0.5"
 
 
 def test_an_unknown_style_is_named_with_the_valid_ones() -> None:

@@ -118,12 +118,13 @@ def describe_action(action: Action, style: ActionStyle) -> str:
     `optim.streams.depth.weight_decay=0.05` or `parameter group 'depth': weight_decay 0.02 -> 0.05`.
     """
     if style == "hydra":
-        owner = "optim" if action.stream == keys.SHARED else f"optim.streams.{action.stream}"
+        owner = "optim" if action.stream == keys.FULL else f"optim.streams.{action.stream}"
         owner = _TRAINER.get(action.setting, owner)
         return f"{owner}.{action.setting}={action.value:.4g}"
     if style == "words":
         old = "" if math.isnan(action.old) else f"{action.old:.4g} "
-        return f"parameter group {action.stream!r}: {action.setting} {old}-> {action.value:.4g}"
+        whose = "all parameter groups" if action.stream == keys.FULL else f"parameter group {action.stream!r}"
+        return f"{whose}: {action.setting} {old}-> {action.value:.4g}"
     raise ValueError(f"action style must be one of {', '.join(get_args(ActionStyle))}, got {style!r}")
 
 

@@ -35,6 +35,15 @@ def _told(values: Mapping[int, float]) -> str:
     return ", ".join(f"{value:g} on {few(ranks)}" for value, ranks in by_value.items())
 
 
+def _set_to(view: View, number: int, setting: str) -> dict[int, float]:
+    """What each rank has a setting of a stream set to: of a learning rate its base, where all ranks' are known."""
+    if setting == keys.WEIGHT_DECAY:
+        return {facts.rank: facts.weight_decay[number] for facts in view.now.rank_facts}
+    if len(view.details) < len(view.now.rank_facts):
+        return {facts.rank: facts.lr[number] for facts in view.now.rank_facts}
+    return {rank: detail.base_lr[number] for rank, detail in view.details.items()}
+
+
 @dataclass(frozen=True)
 class OtherSettings(Rule):
     """LR: the learning rate or weight decay of a stream differs between ranks. The majority is right; of two ranks the
@@ -63,9 +72,6 @@ class OtherSettings(Rule):
                     rank = self._undeclared(view, number, setting)
                 if rank is None and len(values) == 2 and setting == keys.LEARNING_RATE:
                     rank = self._odd(view, number, values)
-                right = next(
-                    (value for at, value in values.items() if at not in ([rank] if rank is not None else out)), None
-                )
                 yield Signal(
                     None if stream == keys.SHARED else stream,
                     rank,
@@ -74,22 +80,23 @@ class OtherSettings(Rule):
                     do=f"build optimizer and schedule from one configuration on every rank ({setting} of {stream})",
                     confirm="this line clears; load one state on every rank",
                     evidence={f"rank {at}": value for at, value in list(values.items())[:16]},
-                    action=None if right is None or rank is None else Action(setting, stream, right, values[rank]),
+                    action=None if rank is None else self._action(view, number, setting, rank),
                 )
 
+    def _action(self, view: View, number: int, setting: str, wrong: int) -> Action | None:
+        """To give a rank what another has; None where only their schedules differ."""
+        set_to = _set_to(view, number, setting)
+        right, old = next(value for rank, value in set_to.items() if rank != wrong), set_to[wrong]
+        return Action(setting, list(view.now.streams)[number], right, old) if right != old else None
+
     def _undeclared(self, view: View, number: int, setting: str) -> int | None:
-        """The one rank whose setting (a learning rate's base) is not the declared one; None where it is not one."""
+        """The one rank whose setting is not the declared one; None where it is not one."""
         name = list(view.now.streams)[number]
-        rates = setting == keys.LEARNING_RATE
-        meant = (view.intent.lr if rates else view.intent.weight_decay).get(name)
+        meant = (view.intent.lr if setting == keys.LEARNING_RATE else view.intent.weight_decay).get(name)
         if meant is None:
             return None
-        others = []
-        for facts in view.now.rank_facts:
-            base = facts.lr[number] if facts.detail is None else facts.detail.base_lr[number]
-            if not math.isclose(base if rates else facts.weight_decay[number], meant, rel_tol=1e-6):
-                others.append(facts.rank)
-        return single(others)
+        set_to = _set_to(view, number, setting)
+        return single([rank for rank, value in set_to.items() if not math.isclose(value, meant, rel_tol=1e-6)])
 
     def _odd(self, view: View, number: int, values: Mapping[int, float]) -> int | None:
         """Of two ranks the one whose rate does not fit its other streams'; None where both do, or neither."""

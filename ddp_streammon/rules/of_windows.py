@@ -119,7 +119,6 @@ class RateJump(Rule):
             do=f"set the learning rate back to {before:.3g}, and go on from the last checkpoint before the jump",
             confirm="this line clears, and the loss falls",
             evidence={"before": before, keys.LEARNING_RATE: now},
-            action=Action(keys.LEARNING_RATE, stream or keys.SHARED, value=before, old=now),
         )
 
 
@@ -259,19 +258,23 @@ class RateLow(_Windowed):
     def _signal(self, view: View, stream: str | None, of: str, flat: bool) -> Signal:
         q, rate, limit = self._learned(view, of, flat), view.lr(of), self.slow if flat else self.least
         usual = 1e-3
-        wanted = float(f"{rate * min(usual / q, 1e4):.1g}") if q > 0 else math.nan
+        factor = min(usual / q, 1e4) if q > 0 else math.nan
+        change = _scaled(view, stream, factor)
         clip = view.intent.clip_norm
         clipped = clip is not None and _total(view) > 10 * clip
         outweighed = flat and _by_gradient(view, of) < 0.5
         seen = f"{stream or 'all streams'}: a step changes {q:.1e} of the weights, at learning rate {rate:g}"
         likely = "the learning rate is off by powers of ten"
-        do = f"learning rate {rate:g} -> {wanted:g} ({UNTESTED}), or declare the stream frozen"
-        if clipped:
-            likely, do = "clipping leaves nothing of the gradient", f"raise clip_norm to {2 * _total(view):.2g}"
+        do = f"{_told(change, factor)} ({UNTESTED}), or declare the stream frozen"
+        if clip is not None and clipped:
+            wider = float(f"{2 * _total(view):.2g}")
+            likely, do = "clipping leaves nothing of the gradient", f"raise clip_norm to {wider:g}"
+            change = Action("clip_norm", keys.FULL, wider, clip)
         elif outweighed:
             seen += ", and weight decay changes more"
             likely = "the loss, and with it every gradient, is smaller than meant: divided once too often"
             do = "look for what divides the loss"
+            change = None
         return Signal(
             stream,
             seen=seen,
@@ -280,10 +283,23 @@ class RateLow(_Windowed):
             confirm=f"updates near {usual:g} of the weights, and a falling loss",
             strength=limit / q if q > 0 else math.inf,
             evidence={"update_ratio": q, keys.LEARNING_RATE: rate, "threshold": limit},
-            action=None
-            if clipped or outweighed or math.isnan(wanted)
-            else Action(keys.LEARNING_RATE, stream or keys.SHARED, wanted, rate),
+            action=change,
         )
+
+
+def _scaled(view: View, stream: str | None, factor: float) -> Action | None:
+    """The learning rate times `factor`, to one digit, as a change of what its schedule starts from; None where that is
+    not known, or of all streams where they differ in it."""
+    bases = {view.base_lr(name) for name in ([stream] if stream else view.now.streams)}
+    old = bases.pop()
+    value = old * factor
+    if bases or not 0 < value < math.inf:
+        return None
+    return Action(keys.LEARNING_RATE, stream or keys.FULL, float(f"{value:.1g}"), old)
+
+
+def _told(change: Action | None, factor: float) -> str:
+    return f"learning rate x {factor:.1g}" if change is None else f"learning rate {change.old:g} -> {change.value:g}"
 
 
 def _by_gradient(view: View, stream: str) -> float:
@@ -329,16 +345,16 @@ class RateHigh(_Windowed):
             q, rate = update(view, stream, 20, 5), view.lr(stream)
             if not q > QUIET * self.most or not view.trained(stream) or not rate > 0:
                 continue
-            wanted = float(f"{rate * 0.01 / q:.1g}") if q > 0 else rate
+            change = _scaled(view, stream, 0.01 / q)
             yield Signal(
                 stream,
                 seen=f"{stream}: a step changes its weights by {q:.0%} of their norm, at learning rate {rate:g}",
                 likely="the learning rate is too high",
-                do=f"learning rate {rate:g} -> {wanted:g} ({UNTESTED})",
+                do=f"{_told(change, 0.01 / q)} ({UNTESTED})",
                 confirm="updates below 3 % of the weights, and a falling loss",
                 strength=q / self.most,
                 evidence={"update_ratio": q, keys.LEARNING_RATE: rate, "threshold": self.most},
-                action=Action(keys.LEARNING_RATE, stream, wanted, rate),
+                action=change,
             )
 
 
@@ -476,17 +492,18 @@ class WeightsGrow(_Windowed):
                 continue
             half = weights[-1] / weights[len(weights) // 2]
             still = math.log(half) / (0.25 * math.log(self.factor)) if half > 0 else 0.0
-            rate, decay = view.lr(stream), view.now.rank_facts[0].weight_decay[view.number(stream)]
+            decay = view.now.rank_facts[0].weight_decay[view.number(stream)]
+            change = _scaled(view, stream, 0.1)
             yield Signal(
                 stream,
                 seen=f"{stream}: its weights have grown {growth:.2g}-fold in {len(weights)} steps, {whole:.2g}-fold "
                 "since the start",
                 likely="a learning rate that is too high, or a decay with the wrong sign",
-                do=f"learning rate {rate:g} -> {rate / 10:g} ({UNTESTED}); look for what else changes the weights",
+                do=f"{_told(change, 0.1)} ({UNTESTED}); look for what else changes the weights",
                 confirm="its weight norm stops growing",
                 strength=min(growth / self.factor, whole / self.since_start, still),
                 evidence={"growth": growth, "since_start": whole, keys.WEIGHT_DECAY: decay, "threshold": self.factor},
-                action=Action(keys.LEARNING_RATE, stream, rate / 10, rate) if rate > 0 else None,
+                action=change,
             )
 
 
@@ -546,7 +563,7 @@ class ClippedAway(_Windowed):
             confirm="most steps are not clipped",
             strength=norm / clip / self.factor,
             evidence={"norm": norm, "clip_norm": clip, "threshold": self.factor},
-            action=Action("clip_norm", keys.SHARED, wanted, clip),
+            action=Action("clip_norm", keys.FULL, wanted, clip),
             severity=Severity.info if view.setup.adaptive else None,
         )
 
