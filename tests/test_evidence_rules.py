@@ -291,6 +291,11 @@ HEALTHY: dict[str, tuple[Change, Any, Any]] = {
         DECLARED,
         None,
     ),
+    "a curriculum's next stage": (
+        lambda number: {"loss": 2.3 * 0.9**number if number < 70 else 4.0 * 0.88 ** (number - 70)},
+        DECLARED,
+        None,
+    ),
     "a negative likelihood": (lambda number: {"loss": 1.0 - number / 50}, Intent(frozen=()), None),
     "fine-tuning begins low and stays there": (flat(0.3), DECLARED, None),
     "small updates that are the gradient's": (

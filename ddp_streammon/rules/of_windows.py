@@ -611,7 +611,9 @@ class Stalled(_Windowed):
 
 @dataclass(frozen=True)
 class Diverging(_Windowed):
-    """DIV: the loss has lost `share` of all that it had gained, and `least` at least, in the mean of 20 steps."""
+    """DIV: the loss has lost `share` of all that it had gained, and `least` at least, in the mean of 20 steps, and is not
+    on its way back: what the last 5 have lost is still `back` of the most that any 5 in a row of these have. Other data
+    (a curriculum's next stage) raise it at once, and it falls again."""
 
     id: ClassVar[str] = "DIV"
     severity: ClassVar[Severity] = Severity.error
@@ -624,6 +626,8 @@ class Diverging(_Windowed):
     """runmedic: divergence is half of the progress lost."""
     least: float = 0.5
     """A choice, in nats; in other units a quarter of the loss at the start where that is less."""
+    back: float = 0.5
+    """A choice: half of what was lost is won back within 20 steps."""
 
     def check(self, view: View) -> Iterator[Signal]:
         recent = view.losses(20)
@@ -636,12 +640,14 @@ class Diverging(_Windowed):
             gained = max(abs(start), least)
         if now - best < QUIET * least:
             return
+        by_five = [statistics.fmean(recent[place : place + 5]) for place in range(16)]
+        returned = (by_five[-1] - best) / (max(by_five) - best)
         yield Signal(
             seen=f"the loss is {now:.3g}, its best was {best:.3g}, and it began at {start:.3g}",
-            likely="a learning rate that is too high for where the training is",
+            likely="a learning rate that is too high for where the training is, or other data than before",
             do=f"go on from the best checkpoint at a third of the learning rate ({UNTESTED})",
             confirm="the loss is below its best again",
-            strength=min((now - best) / (self.share * gained), (now - best) / least),
+            strength=min((now - best) / (self.share * gained), (now - best) / least, returned / self.back),
             evidence={"loss": now, "best": best, "start": start, "threshold": self.share},
         )
 
