@@ -340,6 +340,11 @@ HEALTHY: dict[str, tuple[Change, Any, Any]] = {
         DECLARED,
         None,
     ),
+    "losses that differ by chance": (
+        lambda number: {"details": {number % 4 // 3: {"loss": 0.1}, 1 - number % 4 // 3: {"loss": 3.0}}},
+        DECLARED,
+        None,
+    ),
     "one batch again and again": (
         every(details={r: {"batch": 7.0 + r} for r in (0, 1)}),
         DECLARED,
