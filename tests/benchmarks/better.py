@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for arm in ARMS if given.both else (better,):
                 rows.append(row(trained(name, arm, watched=True), better))
                 print(*rows[-1], sep=", ", flush=True)
-    print(table(("data", "trained by", "", "test accuracy", "splits with an alarm", "by rule"), rows))
+    print(table(("data", "trained by", "which", "test accuracy", "splits with an alarm", "by rule"), rows))
 
 
 if __name__ == "__main__":
