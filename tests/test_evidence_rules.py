@@ -296,6 +296,14 @@ HEALTHY: dict[str, tuple[Change, Any, Any]] = {
         DECLARED,
         None,
     ),
+    "a stream that has learned all before the other": (
+        lambda number: {
+            "loss": 2.3 * 0.93**number,
+            **({"streams": of_fou(grad_norm=0.05), "samples": of_fou(first=1e-3, last=8e-4)} if number > 45 else {}),
+        },
+        DECLARED,
+        None,
+    ),
     "a negative likelihood": (lambda number: {"loss": 1.0 - number / 50}, Intent(frozen=()), None),
     "fine-tuning begins low and stays there": (flat(0.3), DECLARED, None),
     "small updates that are the gradient's": (

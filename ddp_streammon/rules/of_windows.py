@@ -409,7 +409,8 @@ class Imbalance(_Windowed):
     gradient is named, else the one that always had more. It is a pointer, and gives way to any other finding: the ratio
     is no property of the function (features scaled up and the head down change it: tests/test_invariance.py), and with
     depth, width and normalisation it changes, too. Streams that miss steps have smaller gradients for that reason, and
-    those that thaw one after the other are not equally far: both are left out."""
+    those that thaw one after the other are not equally far: both are left out. So is the time in which the loss is
+    below `fitted` of where it began: few items make up the gradients then, and who has learned all has the least."""
 
     id: ClassVar[str] = "IMB"
     pointer: ClassVar[bool] = True
@@ -417,8 +418,13 @@ class Imbalance(_Windowed):
 
     factor: float = 4.5
     """A choice: healthy medians of 40 steps are below 3.3 in the zoo (`python -m tests.zoo run`), 2.9 of both."""
+    fitted: float = 0.05
+    """A choice. Streams with losses of their own beside the common one, which made models better, had ratios up to 2.4
+    before and up to 9 afterwards (`python -m tests.benchmarks.better`, splits from 100 on)."""
 
     def check(self, view: View) -> Iterator[Signal]:
+        if _fitted(view, self.fitted):
+            return
         sizes = {}
         for stream in view.streams:
             if not view.trained(stream):
@@ -453,6 +459,14 @@ class Imbalance(_Windowed):
             strength=ratio / self.factor,
             evidence={"ratio": ratio, "at the start": began, "threshold": self.factor},
         )
+
+
+def _fitted(view: View, share: float) -> bool:
+    """Whether the mean of the last 20 losses is between 0 and this share of the loss at the start."""
+    recent = view.losses(20)
+    return bool(view.memory.losses and recent) and (
+        0 <= statistics.fmean(recent) < share * statistics.fmean(view.memory.losses)
+    )
 
 
 def _norm(step: StepStats, stream: str) -> float:
