@@ -625,9 +625,9 @@ class Stalled(_Windowed):
 
 @dataclass(frozen=True)
 class Diverging(_Windowed):
-    """DIV: the loss has lost `share` of all that it had gained, and `least` at least, in the mean of 20 steps, and is not
-    on its way back: what the last 5 have lost is still `back` of the most that any 5 in a row of these have. Other data
-    (a curriculum's next stage) raise it at once, and it falls again."""
+    """DIV: the loss has lost `share` of all that it had gained, and `least` at least, in the mean of 20 steps, and is
+    not on its way back: what the last 5 have lost is still `back` of the most that any 5 in a row of these have. Other
+    data (a curriculum's next stage) raise it at once, and it falls again."""
 
     id: ClassVar[str] = "DIV"
     severity: ClassVar[Severity] = Severity.error
