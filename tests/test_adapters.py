@@ -182,8 +182,11 @@ def two_groups() -> tuple[nn.Module, torch.optim.Optimizer]:
             Action("lr", "rgb", 0.05, 0.1),
             "lr=0.05 for 'rgb' in a parameter group of its own (configure_optimizers), now in one group with shared",
         ),
-        (Action("weight_decay", "shared", 0.01, 0.1), "param_groups[0]['weight_decay']: 0.1 -> 0.01"),
-        (Action("clip_norm", "shared", 2.0, 1.0), "Trainer(gradient_clip_val)=2"),
+        (
+            Action("weight_decay", "full", 0.01, 0.1),
+            "param_groups[0]['weight_decay'], param_groups[1]['weight_decay']: 0.1 -> 0.01",
+        ),
+        (Action("clip_norm", "full", 2.0, 1.0), "Trainer(gradient_clip_val)=2"),
     ],
 )
 def test_an_action_names_what_is_to_be_set(action: Action, said: str) -> None:

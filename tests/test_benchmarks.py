@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Callable
@@ -9,7 +10,19 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.benchmarks import coverage, growth, machine, main_job, peers, replay, rules, soak, statistics, whole_step
+from tests.benchmarks import (
+    better,
+    coverage,
+    growth,
+    machine,
+    main_job,
+    peers,
+    replay,
+    rules,
+    soak,
+    statistics,
+    whole_step,
+)
 from tests.benchmarks.counting import counts, dispatched
 from tests.benchmarks.gradients import PIXELS, Gradients, gradient_bytes, two_streams
 from tests.benchmarks.timing import Alternation, Ratio, Timer, interval, median, table
@@ -268,3 +281,15 @@ def test_tables_are_aligned_and_nothing_is_none() -> None:
     assert table(("a", "bb"), [("long", "1"), ("x", "22")]) == "a     bb\nlong   1\nx     22"
     assert median([None, None]) is None
     assert median([3.0, 1.0, 2.0]) == 2.0
+
+
+# The better model -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(importlib.util.find_spec("multiviewstacking") is None, reason="needs multiviewstacking")
+def test_the_better_model_is_not_called_sick(printed: Run) -> None:
+    (found,) = rows(printed(better.main, "--splits", "10", "--data", "htad"), "data").values()
+    assert (found["trained by"], found["which"]) == ("own losses", "better")
+    assert found["splits with an alarm"] in ("0 of 10", "1 of 10")

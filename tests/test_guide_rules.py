@@ -290,7 +290,7 @@ def test_scenario_3_balanced_but_not_learning() -> None:
     ]
     finding = by_rule(findings, "S-NL")
     assert finding.stream == "shared"
-    assert changed(finding) == ("lr", "shared", 5e-4, 1e-4)
+    assert changed(finding) == ("lr", "full", 5e-4, 1e-4)
 
 
 def test_scenario_4_one_stream_dominating() -> None:
@@ -564,7 +564,7 @@ def test_any_history_gives_findings_and_is_left_as_it_was(count: int) -> None:
             assert finding.stream in (None, "shared", *streams)
             assert "infx" not in finding and "nanx" not in finding and "(nan)" not in finding
             if finding.action is not None:
-                assert finding.action.stream in (*streams, "shared")
+                assert finding.action.stream in (*streams, "full")
                 assert 0 < finding.action.value < math.inf and finding.action.value != finding.action.old
             if "balanced (" in finding:
                 assert not any(math.isnan(value) for value in finding.evidence.values())

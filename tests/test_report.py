@@ -110,8 +110,11 @@ def test_actions_as_overrides_and_in_words() -> None:
     assert as_override(decay) == "optim.streams.depth.weight_decay=0.05"
     assert in_words(decay) == "parameter group 'depth': weight_decay 0.02 -> 0.05"
     shared = Action(setting="lr", stream="shared", value=1 / 30000, old=math.nan)
-    assert as_override(shared) == "optim.lr=3.333e-05"
+    assert as_override(shared) == "optim.streams.shared.lr=3.333e-05"
     assert in_words(shared) == "parameter group 'shared': lr -> 3.333e-05"
+    whole = Action(setting="lr", stream="full", value=0.5, old=1.0)
+    assert as_override(whole) == "optim.lr=0.5"
+    assert in_words(whole) == "all parameter groups: lr 1 -> 0.5"
 
 
 def test_what_to_set_is_said_as_the_loop_says_it_else_in_words() -> None:

@@ -44,12 +44,13 @@ def change(action: Action, monitor: StreamMonitor, optimizers: Iterable[Optimize
         return f"{words.clip}={value}"
     owners = {id(item.parameter): stream.name for stream in monitor.streams.streams for item in stream.parameters}
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    whole = action.stream == keys.FULL
     holding = {
         number: sorted({owners[id(p)] for p in group["params"] if id(p) in owners})
         for number, group in enumerate(groups)
-        if any(owners.get(id(p)) == action.stream for p in group["params"])
+        if whole or any(owners.get(id(p)) == action.stream for p in group["params"])
     }
-    if holding and (action.stream == keys.SHARED or all(names == [action.stream] for names in holding.values())):
+    if holding and (whole or all(names == [action.stream] for names in holding.values())):
         places = ", ".join(f"param_groups[{number}][{action.setting!r}]" for number in holding)
         return f"{places}: {action.old:.4g} -> {value}"
     others = sorted({name for names in holding.values() for name in names} - {action.stream})

@@ -117,14 +117,15 @@ class Told:
 
 def as_override(action: Action) -> str:
     """The change as a Hydra override of the application: `optim.streams.depth.weight_decay=0.05`."""
-    owner = "optim" if action.stream == keys.SHARED else f"optim.streams.{action.stream}"
+    owner = "optim" if action.stream == keys.FULL else f"optim.streams.{action.stream}"
     return f"{_TRAINER.get(action.setting, owner)}.{action.setting}={action.value:.4g}"
 
 
 def in_words(action: Action) -> str:
     """The change for a loop of one's own: `parameter group 'depth': weight_decay 0.02 -> 0.05`."""
     old = "" if math.isnan(action.old) else f"{action.old:.4g} "
-    return f"parameter group {action.stream!r}: {action.setting} {old}-> {action.value:.4g}"
+    whose = "all parameter groups" if action.stream == keys.FULL else f"parameter group {action.stream!r}"
+    return f"{whose}: {action.setting} {old}-> {action.value:.4g}"
 
 
 def to_set(action: Action | None) -> str:

@@ -12,15 +12,16 @@ from ddp_streammon.config import Severity
 
 @dataclass(frozen=True)
 class Action:
-    """A change of one setting of one stream (`stream="shared"`: of everything that is no stream's)."""
+    """A change of one setting of one stream (`stream="shared"`: of everything that is no stream's; `"full"`: of the
+    whole model, so that it reaches every group without a value of its own)."""
 
     setting: str
-    """`lr`, `weight_decay` or another optimizer setting of the stream's parameter group."""
+    """`lr` (what a schedule starts from), `weight_decay` or another setting of the stream's parameter group."""
     stream: str
     value: float
     """What to set it to."""
     old: float
-    """What it is now."""
+    """What it is set to now."""
     how: str = field(default="", compare=False)
     """The same as the loop says it that is watched, such as an override of the application; filled by the monitor."""
 

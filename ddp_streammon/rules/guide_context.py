@@ -165,7 +165,7 @@ class Context:
         return self.settings.get(stream, StreamSettings())
 
     def scale_lr(self, stream: str, factor: float) -> Action | None:
-        """The learning rate times `factor`; None where it is not known, or 0."""
+        """The learning rate times `factor`; None where it is not known, or 0. Of `shared`: the base value."""
         return _change(keys.LEARNING_RATE, stream, self.setting(stream).lr, factor)
 
     def scale_weight_decay(self, stream: str, factor: float) -> Action | None:
@@ -209,7 +209,8 @@ class Context:
 
 def _change(setting: str, stream: str, old: float, factor: float) -> Action | None:
     new = old * factor
-    return Action(setting, stream, value=new, old=old) if 0 < new < math.inf else None
+    whose = keys.FULL if stream == keys.SHARED else stream
+    return Action(setting, whose, value=new, old=old) if 0 < new < math.inf else None
 
 
 def advise(verb: str, setting: str, action: Action | None) -> str:

@@ -235,6 +235,13 @@ class View:
         """The learning rate of most ranks; nan where it is not known."""
         return self.memory.last_lr.get(stream, math.nan)
 
+    def base_lr(self, stream: str) -> float:
+        """The learning rate that its schedule starts from, which is what a user sets, of most ranks that were heard;
+        the present one where it is not known."""
+        number = self.number(stream)
+        bases = [base for detail in self.details.values() if (base := detail.base_lr[number]) > 0]
+        return statistics.median_low(bases) if bases else self.lr(stream)
+
     def meant_frozen(self, stream: str) -> bool:
         """Whether it was declared that the stream is not trained now."""
         begins = self.intent.frozen_from.get(stream)

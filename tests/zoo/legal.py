@@ -180,7 +180,7 @@ class TokenWeighted(Training):
 
     def batch(self, inputs: list[Any], target: Tensor) -> Batch:
         generator = torch.Generator().manual_seed(7919 * self.rank + self.step)
-        count = int(torch.randint(len(target) // 4, len(target) + 1, (1,), generator=generator))
+        count = int(torch.randint(max(len(target) // 4, 1), len(target) + 1, (1,), generator=generator))
         self.items = torch.tensor(float(count))
         return [x[:count] for x in inputs], target[:count]
 
