@@ -83,7 +83,8 @@ class StreamMonitor(Joinable):
 
     Sharded models (FSDP2, HSDP, tensor parallel, mixed stream by stream) are measured as they are. `model_peers`: the
     ranks of the group that see the same data as this one, itself included, where the meshes of the parameters do not
-    say so (`shards.model_peers`). `group`: the ranks to sum over, by default all; a rank in a finding is its number in it.
+    say so (`shards.model_peers`). `group`: the ranks to sum over, by default all; a rank in a finding is its number
+    there.
 
     Building it is three all_gather_object: what each rank holds, what the training is made of and what is declared of
     it (rank 0's counts), and whether the sinks could be opened.
