@@ -38,6 +38,7 @@ from ddp_streammon.stats import (
     SCALARS,
     SHOWN,
     STATE,
+    UNPLANNED,
     UPDATES,
     Figures,
     ScalarLike,
@@ -187,9 +188,10 @@ class GradientMeter:
         draft = Draft(layout, self._rank, turn, 0 if self._details is None else self._details.aside)
         given = user_numbers(tuple(plan.scalars), numbers, samples, self.device)
         found, refused = self.summed_later()
-        unplanned = bool(refused or set(found) - set(plan.tensors))
+        left_out = {tensor.stream for tensor in set(found) - set(plan.tensors)}
+        draft.say(UNPLANNED, [float(bool(refused) or n in left_out) for n in range(len(self._streams.streams))])
         asks = any(parameter.grad is not None for parameter in self._open)
-        draft.say(STATE, [1.0, float(scaled), math.nan if epoch is None else epoch, float(unplanned), float(asks)])
+        draft.say(STATE, [1.0, float(scaled), math.nan if epoch is None else epoch, float(asks)])
         draft.say(SCALARS, given.cells)
         draft.say(BAD, [given.bad])
         if plan.of_step:

@@ -130,8 +130,9 @@ class StepStats:
     """What the ranks that were heard say of themselves."""
     local: tuple[LocalNorms, ...] = ()
     """The ranks' own gradients, of those that were heard, where they are measured."""
-    unplanned: bool = False
-    """Whether a rank had gradients to be summed first that the packet has no cells for: they were left out."""
+    unplanned: tuple[str, ...] = ()
+    """The streams of which a rank had gradients that the packet had no cells for: sums over ranks that come before the
+    square. They were left out, so that these streams' norms, means and maxima are nan, and all streams' shares."""
     replicas: tuple[Replicas, ...] = ()
     """Of the steps that compare replicas: the families that several ranks hold."""
 
@@ -179,6 +180,7 @@ class StepStats:
                 },
                 "scalars": {name: Scalar(**scalar) for name, scalar in values["scalars"].items()},
                 "nonfinite_ranks": tuple(values["nonfinite_ranks"]),
+                "unplanned": tuple(values["unplanned"]),
                 "rank_facts": tuple(RankFacts.from_dict(facts) for facts in values["rank_facts"]),
                 "local": tuple(
                     LocalNorms(of["rank"], tuple(of["norms"]), tuple(of["nonfinite"]), of["parameter"])
@@ -227,10 +229,11 @@ def ratio(a: float, b: float) -> float:
 
 STATE, MOMENTS, SCALARS, LINEAR, UPDATES, SAMPLES = "state", "moments", "scalars", "linear", "updates", "samples"
 """Plain fields: ranks that take part, those with a GradScaler in charge, the sum of their epochs, and those with
-gradients that have no cells, and with some that no audit has compared; the streams' additive figures; the user's
-numbers; gradients to be squared after the sum; squares of updates and of weights; the sums of `sampled.SUMS`."""
-SHOWN = "shown"
-"""Plain, of audits: of each parameter of the families how many ranks have something to compare (proof.py)."""
+gradients that no audit has compared; the streams' additive figures; the user's numbers; gradients to be squared after
+the sum; squares of updates and of weights; the sums of `sampled.SUMS`."""
+UNPLANNED, SHOWN = "unplanned", "shown"
+"""Plain, too: of each stream the ranks that have left out gradients; and of audits, of each parameter of the families,
+those that have something to compare (proof.py)."""
 MAXIMA, BAD, FACTS, LOCAL, CHECKSUMS, DETAIL = (
     *("abs_max", "nonfinite_scalars", "facts"),
     *("local", "checksums", "detail"),
@@ -254,7 +257,7 @@ def step_layout(
     of_step: bool = True,
     evidence: bool = False,
 ) -> Layout:
-    """The packet of a monitored step: 6 S + 4 U + 5 plain cells and 3 S + 6 slots a rank.
+    """The packet of a monitored step: 7 S + 4 U + 4 plain cells and 3 S + 6 slots a rank.
 
     `linear` cells, and those of the `updates`, of `local` gradients and of what the rules ask as `evidence` (9 S plain
     cells, 14 S + 2 slots), where there are any; a packet with checksums of
@@ -262,7 +265,8 @@ def step_layout(
     holds no facts.
     """
     fields = [
-        Field(STATE, (5,)),
+        Field(STATE, (4,)),
+        Field(UNPLANNED, (len(streams),)),
         Field(MOMENTS, (len(streams), ABS_MAX)),
         Field(SCALARS, (len(scalars), 4)),
         Field(MAXIMA, (len(streams),), per_rank=True),
@@ -309,11 +313,15 @@ def step_stats(
     whose checksums it holds. Where ranks are missing (`Join`) those that are left have read in full, for 1 / world
     size each: the moments are their mean.
     """
-    alive, scaled, epochs, unplanned, _ = sums[STATE]
+    alive, scaled, epochs, _ = sums[STATE]
+    unplanned = tuple(name for name, ranks in zip(streams, sums[UNPLANNED], strict=True) if ranks)
     ranks = max(alive, 1.0)
     missing = world_size / ranks
     table = [[cell * missing for cell in row] for row in sums[MOMENTS]]
     maxima = [max(of_ranks) for of_ranks in sums[MAXIMA]]
+    for name, row in zip(streams, table, strict=True):
+        if name in unplanned:
+            row[SUM] = row[SQ_SUM] = math.nan
     model_sq_norm = sum(row[SQ_SUM] for row in table)
     updates = sums.get(UPDATES, [(0.0, 0.0)] * len(streams))
     samples = sums.get(SAMPLES, [None] * len(streams))
@@ -323,7 +331,7 @@ def step_stats(
         per_stream[name] = StreamStats(
             grad_norm=math.sqrt(row[SQ_SUM]) if has_gradient else math.nan,
             grad_mean=row[SUM] / finite if finite > 0 else math.nan,
-            grad_max=abs_max if has_gradient else math.nan,
+            grad_max=abs_max if has_gradient and name not in unplanned else math.nan,
             grad_share=ratio(row[SQ_SUM], model_sq_norm) if has_gradient else math.nan,
             nonfinite=_at_least_one(row[NONFINITE]),
             elements=_at_least_one(row[ELEMENTS]),
@@ -349,7 +357,7 @@ def step_stats(
         ranks=round(alive),
         nonfinite_ranks=tuple(rank for rank, bad in zip(heard, sums[BAD], strict=True) if bad),
         scaled=scaled > 0,
-        unplanned=unplanned > 0,
+        unplanned=unplanned,
         rank_facts=tuple(present),
         local=tuple(
             LocalNorms.of_cells(facts.rank, cells)

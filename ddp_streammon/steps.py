@@ -18,7 +18,7 @@ from ddp_streammon.config import Intent, MonitorConfig
 from ddp_streammon.linear import Linear
 from ddp_streammon.measurement import GradientMeter
 from ddp_streammon.plan import Measurement, Plan
-from ddp_streammon.stats import Figures, ScalarLike
+from ddp_streammon.stats import Figures, ScalarLike, StepStats
 from ddp_streammon.streams import StreamSet
 
 _log = logging.getLogger("ddp_streammon")
@@ -135,7 +135,8 @@ class Steps:
             yield self._next()
         while self._to_act_on and self._to_act_on[0].call + self._config.delay <= self.calls:
             measured = self._to_act_on.popleft()
-            if measured.read().unplanned:
+            if measured.plan is self._plan and measured.read().unplanned:
+                _warn_of_unplanned(measured.read(), self.calls)
                 self._plan = None
             if measured.audit:
                 self._meter.prove(measured)
@@ -229,6 +230,15 @@ def _warn_of_unknown(numbers: Mapping[str, ScalarLike | None], plan: Plan) -> No
             f"({', '.join(plan.scalars) or 'none'}); name it there too, with None if it has no value yet",
             stacklevel=5,
         )
+
+
+def _warn_of_unplanned(step: StepStats, last: int) -> None:
+    warnings.warn(
+        f"{', '.join(step.unplanned)}: gradients that are still to be summed over ranks (Partial) have come up after "
+        f"the packet's cells were agreed on, so norm, mean and maximum are nan in steps {step.step} to {last}; from "
+        "the next step on they are measured",
+        stacklevel=5,
+    )
 
 
 def _union(of_ranks: Iterable[tuple[tuple[Linear, ...], str]]) -> tuple[Linear, ...]:

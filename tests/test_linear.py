@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +15,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from ddp_streammon import MonitorConfig, StreamMonitor
 from ddp_streammon.config import RuleSet
 from ddp_streammon.linear import LIMIT
+from ddp_streammon.plan import Plan
+from ddp_streammon.stats import ScalarLike
 from tests.ranks import run_ranks
 
 WORLD = 2
@@ -41,6 +47,56 @@ def _said(rows: int, columns: int, own: list[Placement], of_gradients: list[list
 def test_partial_gradients_are_summed_before_they_are_squared() -> None:
     for text, norm in run_ranks(WORLD, _said, 4, 4, [Replicate()], [[Partial()]] * WORLD):
         assert (text, norm) == ("", pytest.approx(8.0))  # 16 elements of 1 + 1
+
+
+LATE = 3
+"""The first step with a Partial gradient."""
+
+
+def _late() -> tuple[list[tuple[float, ...]], list[str], int]:
+    """Norms and largest elements of both streams and the share of the second, step by step; what was warned of; and
+    how often the plan was agreed on."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    model = nn.Module()
+    for name in ("first", "second"):
+        weight = distribute_tensor(torch.zeros(4, 4), mesh, [Replicate()])
+        model.add_module(name, nn.ParameterList([nn.Parameter(weight), nn.Parameter(torch.zeros(3))]))
+    monitor = StreamMonitor(model, streams={"first": "first", "second": "second"}, config=MonitorConfig(delay=2))
+    agree, agreed, figures = monitor._steps._agree, 0, []
+
+    def counted(numbers: Mapping[str, ScalarLike | None]) -> Plan:
+        nonlocal agreed
+        agreed += 1
+        return agree(numbers)
+
+    monitor._steps._agree = counted  # type: ignore[method-assign]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(1, LATE + 6):
+            for module in (model.first, model.second):
+                module[1].grad = torch.full((3,), 2.0)
+            if step >= LATE:
+                model.first[0].grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()])
+            of = monitor.step(loss=1.0)
+            names = ("first_grad_norm", "first_grad_max", "second_grad_norm", "second_grad_max", "second_grad_share")
+            figures.append(tuple(of[name] for name in names))
+    monitor.close()
+    return figures, [str(one.message) for one in caught if "Partial" in str(one.message)], agreed
+
+
+def test_partial_gradients_that_come_later_make_no_figure_that_misses_them() -> None:
+    """The packet of step 3 arrives at step 5, and the next one is planned anew."""
+    small, all_of_it = math.sqrt(12), math.sqrt(12 + 64)
+    before, after = (small, 2, small, 2, 0.5), (all_of_it, 2, small, 2, 12 / (12 + 76))
+    without = (math.nan, math.nan, small, 2, math.nan)
+    for figures, warned, agreed in run_ranks(WORLD, _late):
+        expected = [before] * 2 + [without] * 3 + [after] * 3
+        assert figures == [pytest.approx(one, nan_ok=True) for one in expected]
+        assert warned == [
+            "first: gradients that are still to be summed over ranks (Partial) have come up after the packet's cells "
+            "were agreed on, so norm, mean and maximum are nan in steps 3 to 5; from the next step on they are measured"
+        ]
+        assert agreed == 2
 
 
 def test_a_gradient_placed_otherwise_on_one_rank_is_refused_on_all() -> None:

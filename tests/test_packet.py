@@ -49,7 +49,7 @@ def layout_of(streams: int, scalars: int, world: int, **options: Any) -> Layout:
 
 @pytest.mark.parametrize(("streams", "scalars", "world"), [(1, 0, 1), (2, 3, 4), (7, 5, 64)])
 def test_a_steps_cells_are_counted(streams: int, scalars: int, world: int) -> None:
-    plain, slot = 6 * streams + 4 * scalars + 5, 3 * streams + 6
+    plain, slot = 7 * streams + 4 * scalars + 4, 3 * streams + 6
     layout = layout_of(streams, scalars, world)
     assert (layout.turns, layout.size) == (1, plain + world * slot)
     assert layout.zeros().shape == (layout.size,)
