@@ -114,26 +114,27 @@ def shown_cells(families: Sequence[Family], held: Sequence[Family], gradient: So
     Shape: [P] float64. Comm, Sync: none.
     """
     read = _ids(held)
-    cells: list[float] = []
-    found: dict[int, Tensor] = {}
+    cells = []
     for family in families:
         for parameter in family.parameters:
-            part, its = local(parameter), gradient(parameter)
-            if id(parameter) not in read or not part.numel():
-                cells.append(1.0)
-            elif its is None:
-                cells.append(0.0)
-            elif its.layout == torch.strided and _order(its) != _order(part):
-                cells.append(math.nan)
-            else:
-                found[len(cells)] = torch.count_nonzero(its if its.layout == torch.strided else its.to_dense()) > 0
-                cells.append(0.0)
+            part = local(parameter)
+            to_read = id(parameter) in read and part.numel() > 0
+            cells.append(_shows(part, gradient(parameter)) if to_read else 1.0)
         cells += [0.0] * (family.size - len(family.parameters))
-    result = torch.tensor(cells, dtype=torch.float64, device=device)
-    if found:
-        shown = torch.stack([cell.to(device) for cell in found.values()])
-        result[torch.tensor(list(found), device=device)] = shown.double()
-    return result
+    if not cells:
+        return torch.zeros(0, dtype=torch.float64)
+    on_device = torch.ones((), dtype=torch.float64, device=device)
+    return torch.stack([on_device * (cell.to(device) if isinstance(cell, Tensor) else cell) for cell in cells])
+
+
+def _shows(part: Tensor, gradient: Tensor | None) -> Tensor | float:
+    if gradient is None:
+        return 0.0
+    if gradient.layout != torch.strided:
+        gradient = gradient.to_dense()
+    elif _order(gradient) != _order(part):
+        return math.nan
+    return torch.count_nonzero(gradient) > 0
 
 
 def _order(tensor: Tensor) -> list[int]:
