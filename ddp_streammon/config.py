@@ -81,7 +81,8 @@ class MonitorConfig:
     """The figures of call n enter History at call n + delay (on every rank alike), so that nobody waits."""
     audit_every: int = 1000
     """Measured steps between two comparisons of replicas (checksums of gradients and weights on every rank); the first
-    step is always compared. Their gradients are shared out among the ranks for reading only where they were equal."""
+    step is always compared, and so is, at growing distances, one with gradients that were missing or zero before. Only
+    what was equal, and neither missing nor zero, is shared out among the ranks for reading."""
     update_every: int = 0
     """Calls between two looks at what the optimizer really changes (`X_update_ratio`); 0: never. Takes the memory of a
     copy of this rank's share of the weights."""
