@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -698,6 +698,29 @@ def test_a_claim_is_said_in_a_sentence(
     whom = None if stream == keys.FULL else "rgb"
     assert (finding.rule, finding.severity, finding.stream, finding.step) == (rule, severity, whom, 700)
     assert finding.evidence == {**limits.get(statements[0], {}), "level": 0.01, "p": 0.001}
+
+
+@pytest.mark.parametrize(("then", "severity"), [(None, "warning"), (0.8, "info"), (0.801, "warning")])
+def test_a_model_that_grows_too_sure_and_is_right_as_often_is_not_called_worse(
+    then: float | None, severity: str
+) -> None:
+    said = claim(Statement.overfitting, keys.FULL, rise=0.3, gap=0.2)
+    found = evaluation(said, full_val_acc=(0.8, 0.02))
+    (finding,) = evaluated.findings(replace(found, past=Past(1, accuracy=then)), 700)
+    assert finding.severity.value == severity
+    assert finding.startswith("⚠️") == (severity == "warning")
+    assert finding.seen.startswith("the model overfits: " if severity == "warning" else "the model grows too sure: ")
+    assert "the held-out loss is 1.200 [1.100, 1.300], at least 0.300 above its best" in finding
+
+
+def test_the_accuracy_at_the_best_loss_is_remembered() -> None:
+    val = loader(data(60, 1, "rgb"))
+    monitor = watched(net := fitted("rgb"))
+    good = monitor.evaluate(val)
+    assert good.past.accuracy == good["full_val_acc"]
+    broken(net, "rgb")
+    worse = monitor.evaluate(val)
+    assert worse.past.accuracy == good["full_val_acc"] > worse["full_val_acc"]
 
 
 def test_good_news_and_what_cannot_be_told_are_no_findings() -> None:

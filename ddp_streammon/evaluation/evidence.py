@@ -34,6 +34,8 @@ class Past:
     best: Mapping[str, list[float]] = field(default_factory=dict)
     claimed: Sequence[tuple[str, str]] = ()
     """What stands since the last look: streams and statements."""
+    accuracy: float | None = None
+    """Of the whole model where its loss was best; None where it is not scored."""
 
 
 def of_use(table: Table, estimates: Mapping[str, Estimate], name: str, split: str) -> Evidence:
@@ -94,10 +96,12 @@ def remembered(past: Past, known: Knowledge | None, table: Table, stated: Sequen
     now = {keys.FULL: -table.figures[keys.FULL, readings.LOSS][table.tried]}
     if known is not None and known.stats is not None:
         now |= known.stats.items.alone
-    best = dict(past.best)
+    best, accuracy = dict(past.best), past.accuracy
     for name, scores in now.items():
         then = best.get(name, [])
         if not bool(scores.isnan().any()) and (len(then) != len(scores) or float(scores.sum()) > math.fsum(then)):
             best[name] = scores.tolist()
+            if name == keys.FULL and table.has(keys.FULL, readings.CORRECT):
+                accuracy = table.value(keys.FULL, readings.CORRECT)
     claimed = past.claimed if stated is None else [(claim.stream, claim.statement.value) for claim in stated]
-    return Past(past.count + 1, best, claimed)
+    return Past(past.count + 1, best, claimed, accuracy)

@@ -38,7 +38,8 @@ SAYS: Mapping[str, tuple[Severity, str]] = {
     ),
     OVERFITTING: (
         Severity.warning,
-        "Of no stream: the held-out loss is a quarter above its best, and above the training loss.",
+        "Of no stream: the held-out loss is a quarter above its best, and above the training loss; information where "
+        "the accuracy is known, and not below what it was at that best: a model that grows too sure is not worse.",
     ),
 }
 """What each says, and how loud it is."""
@@ -71,7 +72,7 @@ def _of_stream(found: Evaluation, name: str, claims: dict[Statement, Claim], lea
         claim = claims[statement]
         evidence = {**claim.bounds, "level": claim.level, "p": claim.p}
         early = rule in (UNUSED, IGNORED) and 0 < step < EARLY
-        severity = Severity.info if early else SAYS[rule][0]
+        severity = Severity.info if early or not sentence.startswith("⚠️") else SAYS[rule][0]
         said.append(Finding(sentence, rule=rule, severity=severity, stream=whom, step=step, evidence=evidence))
 
     uses = _shown(found, keys.of_stream(name, f"{found.split}_{keys.USES}"), "", 1, 4)
@@ -115,14 +116,22 @@ def _of_stream(found: Evaluation, name: str, claims: dict[Statement, Claim], lea
         )
     if Statement.overfitting in claims:
         now = _shown(found, keys.of_stream(keys.FULL, f"{found.split}_{LOSS}"), "", 1, 3)
-        add(
-            OVERFITTING,
-            Statement.overfitting,
-            f"⚠️  the model overfits: the held-out loss is {now}, at least "
-            f"{claims[Statement.overfitting].bounds['rise']:.3f} above its best, and above the training loss; stop at "
-            "the best evaluation, or regularise (untested on your data)",
+        risen = (
+            f"the held-out loss is {now}, at least {claims[Statement.overfitting].bounds['rise']:.3f} above its best, "
+            "and above the training loss"
         )
+        if _as_right_as_at_its_best(found):
+            text = f"the model grows too sure: {risen}, but it is right as often as then; calibrate its probabilities"
+        else:
+            text = f"⚠️  the model overfits: {risen}; stop at the best evaluation, or regularise (untested on your data)"
+        add(OVERFITTING, Statement.overfitting, text)
     return said
+
+
+def _as_right_as_at_its_best(found: Evaluation) -> bool:
+    """Whether the accuracy is known, and not below that of the evaluation with the best loss."""
+    now, then = found.estimates.get(keys.of_stream(keys.FULL, f"{found.split}_acc")), found.past.accuracy
+    return now is not None and then is not None and now.value >= then
 
 
 def _cost(uses: str) -> str:
