@@ -280,7 +280,7 @@ def measure(layout: str, precision: str, accumulate: bool) -> dict[str, Any]:
         "norm": norms.item(),
         "collectives": counts[1:],
         "loss": (answers[-1]["loss"], answers[-1]["samples"]),
-        "replicas": [str(f.stream) for f in monitor.get_recommendations() if f.rule == "SYNC"],
+        "replicas": [f.stream or "all" for f in monitor.get_recommendations() if f.rule == "SYNC"],
         "read": sum(piece.stop - piece.start for share in monitor._meter.shares for piece in share.pieces),
     }
 

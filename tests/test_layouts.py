@@ -97,7 +97,7 @@ def test_every_element_is_read_once_except_where_nobody_synchronises(layout: str
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_nobody_synchronises_is_reported_and_nothing_else(layout: str) -> None:
-    expected = {"nobody synchronises": {*STREAMS, "shared"}, "mixed by stream": {"audio"}}.get(layout, set())
+    expected = {"nobody synchronises": {"all"}, "mixed by stream": {"audio"}}.get(layout, set())
     for answer in answers_of(layout)[0].values():
         assert set(answer["replicas"]) == expected
 
