@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests import layouts
-from tests.layouts import LAYOUTS, PRECISIONS, STREAMS, WORLD, error, measure, twin
+from tests.layouts import LAYOUTS, PRECISIONS, WORLD, error, measure, twin
 from tests.ranks import run_ranks
 
 CASES = [("float32", True), ("float64", False), ("bfloat16", True)]
