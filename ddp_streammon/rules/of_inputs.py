@@ -244,8 +244,11 @@ class SameBatch(Rule):
     """A choice: chance does not do it once."""
 
     def check(self, view: View) -> Iterator[Signal]:
+        told = view.of_data(view.details)
+        if told and len({0.0 if math.isnan(detail.batch) else detail.batch for detail in told.values()}) == len(told):
+            return
         by_batch: dict[tuple[float, float], list[int]] = {}
-        for rank, detail in view.of_data(view.details).items():
+        for rank, detail in told.items():
             seen = all(detail.inputs[view.number(stream)].calls > 0 for stream in view.streams)
             figures = (0.0 if math.isnan(detail.batch) else detail.batch, 0.0 if seen else detail.loss)
             if not math.isnan(figures[1]):

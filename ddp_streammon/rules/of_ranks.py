@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import ClassVar
 
 from ddp_streammon import keys
@@ -279,15 +280,12 @@ def _moved(facts: RankFacts, number: int) -> float:
     return math.nan if facts.detail is None else facts.detail.moved[number]
 
 
-def by_rank(steps: Iterable[StepStats], figure: Callable[[RankFacts], float]) -> dict[int, dict[int, float]]:
-    """The finite values of a figure by rank and step."""
-    values: dict[int, dict[int, float]] = {}
-    for step in steps:
-        for facts in step.rank_facts:
-            value = figure(facts)
-            if math.isfinite(value):
-                values.setdefault(facts.rank, {})[step.step] = value
-    return values
+def table(steps: Sequence[StepStats], figure: Callable[[RankFacts], float]) -> dict[int, list[float]]:
+    """A figure of ranks that are heard together, by rank: its values in the steps in which all of them gave one."""
+    ranks = [facts.rank for facts in steps[-1].rank_facts]
+    rows = [list(map(figure, step.rank_facts)) for step in steps]
+    told = [row for row in rows if len(row) == len(ranks) and math.isfinite(sum(row))]
+    return dict(zip(ranks, map(list, zip(*told, strict=True)), strict=False))
 
 
 @dataclass(frozen=True)
@@ -318,8 +316,8 @@ class OtherLoss(Rule):
 
     def _among(self, view: View, steps: Sequence[StepStats]) -> Iterator[Signal]:
         """Of ranks that are heard together."""
-        own = view.of_data(by_rank(steps, lambda facts: math.nan if facts.detail is None else facts.detail.loss))
-        losses = {rank: statistics.median(of.values()) for rank, of in own.items() if len(of) >= self.WINDOW // 2}
+        own = view.of_data(table(steps, _loss))
+        losses = {rank: statistics.median(of) for rank, of in own.items() if len(of) >= self.WINDOW // 2}
         if len(losses) < 2:
             return
         worst = max(losses, key=losses.__getitem__)
@@ -345,14 +343,14 @@ class OtherLoss(Rule):
         )
 
 
-def _above(of_ranks: Mapping[int, Mapping[int, float]], rank: int) -> float:
-    """The share of the steps in which this rank's figure is above the median of the others'. By rank and step."""
-    outcomes = []
-    for step, own in of_ranks[rank].items():
-        others = [of[step] for at, of in of_ranks.items() if at != rank and step in of]
-        if others:
-            outcomes.append(own > statistics.median(others))
-    return statistics.fmean(outcomes) if outcomes else 0.0
+def _loss(facts: RankFacts) -> float:
+    return math.nan if facts.detail is None else facts.detail.loss
+
+
+def _above(of_ranks: Mapping[int, Sequence[float]], rank: int) -> float:
+    """The share of the steps in which this rank's figure is above the median of the others'."""
+    others = zip(*(values for at, values in of_ranks.items() if at != rank), strict=True)
+    return statistics.fmean(own > statistics.median(row) for own, row in zip(of_ranks[rank], others, strict=True))
 
 
 @dataclass(frozen=True)
@@ -385,16 +383,16 @@ class Slow(Rule):
 
     def _among(self, steps: Sequence[StepStats]) -> Iterator[Signal]:
         """Of ranks that are heard together."""
-        rows = by_rank(steps, lambda facts: facts.busy_seconds)
-        common = sorted(set.intersection(*map(set, rows.values()))) if len(rows) > 1 else []
-        if len(common) < self.LEAST:
+        rows = table(steps, attrgetter("busy_seconds"))
+        if len(rows) < 2 or len(next(iter(rows.values()))) < self.LEAST:
             return
-        busy = {rank: statistics.median(row.values()) for rank, row in rows.items()}
+        busy = {rank: statistics.median(row) for rank, row in rows.items()}
         slowest = max(busy, key=busy.__getitem__)
-        others = [row for rank, row in rows.items() if rank != slowest]
-        over = sorted(rows[slowest][at] - statistics.median(row[at] for row in others) for at in common)
+        others = zip(*(row for rank, row in rows.items() if rank != slowest), strict=True)
+        over = sorted(own - statistics.median(row) for own, row in zip(rows[slowest], others, strict=True))
         usual = statistics.median(seconds for rank, seconds in busy.items() if rank != slowest)
-        length = statistics.median(facts.step_seconds for step in steps for facts in step.rank_facts)
+        own = (facts.step_seconds for step in steps for facts in step.rank_facts if facts.rank == slowest)
+        length = statistics.median([seconds for seconds in own if math.isfinite(seconds)] or [0.0])
         nearly_always = over[len(over) // 10]
         ratio = busy[slowest] / usual / self.factor if usual > 0 else math.inf
         if nearly_always < QUIET * self.least:

@@ -216,8 +216,10 @@ class View:
         """Its place among all streams."""
         return self._numbers[stream]
 
-    def of_data(self, by_rank: Mapping[int, T]) -> dict[int, T]:
+    def of_data(self, by_rank: Mapping[int, T]) -> Mapping[int, T]:
         """What is known of ranks, of those alone that see data of their own: of others that do the first."""
+        if len(self._data_ranks) == self.setup.world:
+            return by_rank
         return {rank: of for rank, of in by_rank.items() if rank in self._data_ranks}
 
     def parameter(self, number: int) -> str:
@@ -289,10 +291,11 @@ class View:
     def turns(self, count: int) -> list[list[StepStats]]:
         """The window's steps by the ranks that were heard in them, the last `count` of each: one list, unless ranks are
         heard in turns."""
-        found: dict[tuple[int, ...], deque[StepStats]] = {}
+        found: dict[tuple[int, int], deque[StepStats]] = {}
         for step in self.steps:
-            heard = tuple([facts.rank for facts in step.rank_facts])
-            found.setdefault(heard, deque(maxlen=count)).append(step)
+            if step.rank_facts:
+                heard = (step.rank_facts[0].rank, len(step.rank_facts))
+                found.setdefault(heard, deque(maxlen=count)).append(step)
         return [list(steps) for steps in found.values()]
 
     def missing(self, requires: Sequence[str]) -> str:
