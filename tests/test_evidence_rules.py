@@ -249,6 +249,12 @@ def test_every_alarming_rule_is_planted() -> None:
     assert {rule.id for rule in evidence.RULES} == planted | elsewhere
 
 
+def test_rules_are_evaluated_in_the_order_in_which_findings_explain_each_other() -> None:
+    orders = [rule.kind.order for rule in evidence.RULES]
+    assert orders == sorted(orders)
+    assert set(evidence.PLAIN) < {rule.id for rule in evidence.RULES}
+
+
 HEALTHY: dict[str, tuple[Change, Any, Any]] = {
     "as it should be": (every(), DECLARED, None),
     "three ranks": (every(ranks=3), DECLARED, setup(3)),

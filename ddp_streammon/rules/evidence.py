@@ -18,14 +18,58 @@ planted faults and healthy controls and counts what is found, and said for nothi
 from __future__ import annotations
 
 from ddp_streammon.config import RuleSet
-from ddp_streammon.rules import of_inputs, of_own_gradients, of_ranks, of_training, of_windows
+from ddp_streammon.rules import (
+    of_inputs,
+    of_own_gradients,
+    of_ranks,
+    of_rates,
+    of_training,
+    of_weights,
+    of_windows,
+)
 from ddp_streammon.rules.engine import Rule
 
-RULES: tuple[Rule, ...] = tuple(
-    sorted(
-        (*of_training.RULES, *of_ranks.RULES, *of_own_gradients.RULES, *of_inputs.RULES, *of_windows.RULES),
-        key=lambda rule: rule.kind.order,
-    )
+RULES: tuple[Rule, ...] = (
+    of_training.NonFinite(),
+    of_training.Frozen(),
+    of_training.NotOptimized(),
+    of_training.Rates(),
+    of_training.ZeroRate(),
+    of_training.Decay(),
+    of_training.Initial(),
+    of_training.NoGradient(),
+    of_training.Dead(),
+    of_training.Unchanged(),
+    of_training.NotCleared(),
+    of_training.LeftInEval(),
+    of_training.NegativeLoss(),
+    of_ranks.OtherSettings(),
+    of_ranks.OtherMode(),
+    of_ranks.Uneven(),
+    of_ranks.NotSynchronised(),
+    of_ranks.Diverged(),
+    of_inputs.SameBatch(),
+    of_inputs.SameOrder(),
+    of_rates.RateJump(),
+    of_rates.RateGone(),
+    of_inputs.ZeroInput(),
+    of_inputs.ConstantInput(),
+    of_inputs.Unscaled(),
+    of_inputs.OtherScale(),
+    of_ranks.OtherLoss(),
+    of_ranks.Slow(),
+    of_own_gradients.Outlier(),
+    of_weights.WeightsGrow(),
+    of_rates.RateHigh(),
+    of_windows.Diverging(),
+    of_windows.Vanishing(),
+    of_windows.ClippedAway(),
+    of_rates.RateLow(),
+    of_weights.WeightsShrink(),
+    of_weights.UpdatesApart(),
+    of_windows.Imbalance(),
+    of_windows.Stalled(),
+    of_weights.Rounded(),
 )
 """All of them, with their own thresholds."""
 PLAIN = ("NF", "DET", "DEAD", "LR", "MODE", "BATCH", "SYNC", "DESYNC", "SAME", "OUTLIER", "SLOW")

@@ -14,7 +14,7 @@ from ddp_streammon import keys
 from ddp_streammon.config import Severity
 from ddp_streammon.ranks import LocalNorms, RankFacts, StreamInput
 from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
-from ddp_streammon.rules.of_training import few, single
+from ddp_streammon.rules.of_training import few
 from ddp_streammon.rules.view import View
 from ddp_streammon.stats import StepStats
 
@@ -338,7 +338,3 @@ def of_others(values: Mapping[int, float]) -> dict[int, float]:
         below, above = (values[ranks[at + (at >= place)]] for at in (low, high))
         found[rank] = below if low == high else (below + above) / 2
     return found
-
-
-RULES: tuple[Rule, ...] = (ZeroInput(), ConstantInput(), Unscaled(), OtherScale(), SameBatch(), SameOrder())
-__all__ = ["RULES", "odd_one", "single"]

@@ -89,6 +89,3 @@ def times(rows: Sequence[Sequence[float]], place: int) -> float:
     return math.exp(
         statistics.fmean(math.log(row[place]) - math.log(other) for row, other in zip(rows, others, strict=True))
     )
-
-
-RULES: tuple[Rule, ...] = (Outlier(),)

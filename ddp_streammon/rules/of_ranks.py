@@ -407,14 +407,3 @@ class Slow(Rule):
             strength=min(ratio, nearly_always / max(self.least, self.share * length)),
             evidence={f"rank {rank}": seconds for rank, seconds in list(busy.items())[:16]},
         )
-
-
-RULES: tuple[Rule, ...] = (
-    OtherSettings(),
-    OtherMode(),
-    Uneven(),
-    NotSynchronised(),
-    Diverged(),
-    OtherLoss(),
-    Slow(),
-)

@@ -521,20 +521,3 @@ class NegativeLoss(Rule):
                 confirm="the loss stays above 0",
                 evidence={"loss": loss},
             )
-
-
-RULES: tuple[Rule, ...] = (
-    NonFinite(),
-    Frozen(),
-    NotOptimized(),
-    Rates(),
-    ZeroRate(),
-    Decay(),
-    Initial(),
-    NoGradient(),
-    Dead(),
-    Unchanged(),
-    NotCleared(),
-    LeftInEval(),
-    NegativeLoss(),
-)
