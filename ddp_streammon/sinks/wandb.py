@@ -36,8 +36,8 @@ _TITLE_LENGTH = 60
 """W&B wants less than 64 characters."""
 _VERDICT_LENGTH = 300
 TABLE_SECONDS = 120.0
-"""The table of findings is written so often at most while the run is on: each is an artifact of its own, and takes 0.4 s
-in which rows wait that a kill would lose."""
+"""The table of findings is written so often at most while the run is on: each is an artifact of its own, and takes
+0.4 s in which rows wait that a kill would lose."""
 _INIT_SECONDS = 20
 """How long a server may keep rank 0 (and, at the next collective, everybody) waiting."""
 _EXTRA_SETTINGS = {"finish_timeout": 15, "x_transaction_log_flush_interval": 1}
