@@ -153,7 +153,7 @@ def _scale(layers: Sequence[nn.Module]) -> tuple[float, bool]:
         weight = layer._parameters.get("weight")
         if weight is None or weight.dim() < 2 or weight.is_meta or weight.is_complex():
             continue
-        fan_in = weight[0].numel()
+        fan_in = weight.shape[1:].numel()
         sample = flat(local(weight.detach()))[:ELEMENTS].float()
         mean_square = float(sample.square().mean()) if len(sample) else 0.0
         zeros = zeros or mean_square == 0
