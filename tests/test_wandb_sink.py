@@ -164,13 +164,9 @@ def tables(folder: Path) -> list[list[list[Any]]]:
 
 
 def check_table(folder: Path) -> None:
-    """One when the first was raised, none for what came within five minutes, and one at the end."""
+    """One at the end: this run is over before the first would be written while it is on."""
     override = "optim.streams.depth.weight_decay=0.05"
-    first, last = tables(folder)
-    assert [row[:5] for row in first] == [
-        [2, None, 1, "info", "guide.ratio"],
-        [2, None, 1, "warning", "guide.overfit"],
-    ]
+    (last,) = tables(folder)
     assert last == [
         [2, 6, 1, "info", "guide.ratio", None, None, str(HINT), "", ""],
         [2, 6, 1, "warning", "guide.overfit", "depth", None, str(OVERFIT), "score=1.5", override],
