@@ -5,8 +5,8 @@ stream beside it (`own losses`), which makes the better model on HTAD; there the
 better one sick and the other one healthy. On HTAD (the package multiviewstacking) and on pairs of the digits' views, by
 random split: 300 training items, 60 epochs, an evaluation after each. The better model is the one with the higher mean
 accuracy on the test items; it is trained again, and watched (`--both`: so is the other). An alarm is a finding of
-severity warning or error that stood at any time; it counts once a training and rule. Nothing was tuned on splits 0 to
-29; splits from 100 on are for that.
+severity warning or error that stood at any time; it counts once a training and rule. Splits 0 to 29
+are reported; splits from 100 on are for development.
 """
 
 from __future__ import annotations
