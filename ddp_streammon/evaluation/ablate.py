@@ -40,8 +40,8 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(map_tensors(item, change) for item in value))
-    if isinstance(value, tuple | list):
-        return type(value)(map_tensors(item, change) for item in value)
+    if isinstance(value, (tuple, list)):
+        return type(value)([map_tensors(item, change) for item in value])
     if isinstance(value, MutableMapping):
         filled = copy.copy(value)
         for key, item in value.items():
@@ -83,8 +83,8 @@ def _same(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, tuple | list) and type(a) is type(b) and len(a) == len(b):
-        return all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, (tuple, list)) and type(a) is type(b) and len(a) == len(b):
+        return all(map(_same, a, b))
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         return all(_same(a[key], b[key]) for key in a)
     return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
@@ -21,12 +22,26 @@ def partners(eligible: Tensor, groups: Tensor | None = None) -> Tensor:
     """For each item of a batch the one whose input it gets; itself where it is not eligible or alone.
 
     Items change places in pairs, one odd item makes a ring of three. Partners are of different groups wherever no group
-    has more than half of the eligible items. Shape: [B] bool and [B] integers in, [B] int64 out, on the host.
+    has more than half of the eligible items. Shape: [B] bool and [B] integers in, [B] int64 out, on the host; it may
+    be the same tensor for equal batches.
     """
-    order = torch.arange(len(eligible))
-    own = order[eligible.cpu()]
+    eligible = eligible.cpu()
+    if groups is None and bool(eligible.all()):
+        return _pairs_of_all(len(eligible))
+    own = torch.arange(len(eligible))[eligible]
     if groups is not None:
         own = own[torch.argsort(groups.cpu()[own], stable=True)]
+    return _in_pairs(len(eligible), own)
+
+
+@functools.lru_cache(maxsize=8)
+def _pairs_of_all(items: int) -> Tensor:
+    return _in_pairs(items, torch.arange(items))
+
+
+def _in_pairs(items: int, own: Tensor) -> Tensor:
+    """The first half of `own` changes places with the second."""
+    order = torch.arange(items)
     half = len(own) // 2
     if not half:
         return order

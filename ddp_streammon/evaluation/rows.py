@@ -108,9 +108,8 @@ def sum_up(
         starts[split] = {place: end - items for (place, items), end in zip(sizes, ends, strict=True)}
         block = torch.zeros(ends[-1] if ends else 0, len(names[split]), dtype=torch.float64)
         for place, items, columns in mine[split].batches if speaks else ():
-            start = starts[split][place]
-            for number, name in enumerate(names[split]):
-                block[start : start + items, number] = columns.get(name, torch.nan)
+            start, unknown = starts[split][place], torch.full((items,), torch.nan, dtype=torch.float64)
+            block[start : start + items] = torch.stack([columns.get(name, unknown) for name in names[split]], dim=1)
         parts.append(block)
     numbers = tuple(dict.fromkeys(name for told in everyone for name in told.scalars))
     part = 1.0 / sum(told.place == everyone[rank].place for told in everyone)
