@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -198,18 +199,21 @@ class Draft:
         self.layout = layout
         first = layout.size + (layout.slot_size if layout.turns > 1 else 0)
         self.spans = layout.spans(rank, turn) | {ASIDE: slice(first, first + aside)}
-        self._said = [0.0] * (first + aside)
+        self._said = array("d", bytes(CELL_BYTES * (first + aside)))
         self._cells = torch.empty(0)
 
     def say(self, name: str, values: Sequence[float], start: int = 0) -> None:
         """Numbers of the host for a field's cells, from its cell number `start` on."""
         first = self.spans[name].start + start
-        self._said[first : first + len(values)] = values
+        self._said[first : first + len(values)] = array("d", values)
 
     def send(self, cells: Tensor | None) -> None:
         """What was said goes into `cells`, on their device; without them it stays on the host. Sync: none."""
-        said = torch.tensor(self._said, dtype=torch.float64, pin_memory=cells is not None and cells.is_cuda)
-        self._cells = said if cells is None else cells.copy_(said, non_blocking=True)
+        said = torch.frombuffer(self._said, dtype=torch.float64)  # in a tenth of the time of a list
+        if cells is None:
+            self._cells = said
+        else:
+            self._cells = cells.copy_(said.pin_memory() if cells.is_cuda else said, non_blocking=True)
 
     def at(self, name: str) -> Tensor:
         """The cells of a field, flat, to be written in place."""
