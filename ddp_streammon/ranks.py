@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddp_streammon.moments.sample import ABS_MAX, BAD, BITS, CONSTANT, COUNT, MODULUS, SQ_SUM, SUM
+from ddp_streammon.moments.sample import BAD, BITS, COUNT, MODULUS
 from ddp_streammon.shards import Family
 
 _OTHERS = 5
@@ -48,20 +48,20 @@ class StreamInput:
     def of_cells(cls, cells: Sequence[float]) -> StreamInput:
         """From `INPUT_CELLS` cells: calls, the figures of the root's samples (`moments.sample`), and the first three of
         those of the first layer's."""
-        calls, sums, (first_sum, first_square, first_count) = cells[0], cells[1:8], cells[8:INPUT_CELLS]
-        if not sums[COUNT] + sums[BAD]:
+        calls, total, squares, count, bad, constant, _, abs_max, first_total, first_squares, first_count = cells
+        if not count + bad:
             return cls(calls)
-        constant = float(sums[CONSTANT] == calls)
-        spread = _mean_and_std(sums[SUM], sums[SQ_SUM], sums[COUNT])
-        first = _mean_and_std(first_sum, first_square, first_count)
-        return cls(calls, *spread, sums[ABS_MAX], sums[BAD], constant, *first)
+        mean, std = _mean_and_std(total, squares, count)
+        first_mean, first_std = _mean_and_std(first_total, first_squares, first_count)
+        return cls(calls, mean, std, abs_max, bad, float(constant == calls), first_mean, first_std)
 
 
 def _mean_and_std(total: float, squares: float, count: float) -> tuple[float, float]:
     if not count:
         return math.nan, math.nan
     mean = total / count
-    return mean, math.sqrt(max(squares / count - mean * mean, 0.0))
+    square = squares / count - mean * mean
+    return mean, 0.0 if square < 0 else math.sqrt(square)
 
 
 INPUT_CELLS = 11

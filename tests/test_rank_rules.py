@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import random
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -391,6 +392,36 @@ def test_where_two_of_four_ranks_differ_none_is_named(name: str) -> None:
     told = [f for (of_rule, *_), f in said(lambda _: changes, 60, ranks=4).items() if of_rule == rule]
     assert [finding.rank for finding in told] == [None]
     assert sentence in told[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Thorough(OtherScale):
+    """Without the look that spares the medians where ranks are close."""
+
+    def _close(self, *_: Any) -> bool:
+        return False
+
+
+def test_the_quick_look_at_inputs_misses_nothing_that_their_medians_would_show() -> None:
+    """Rank 1 is off in scale and in mean by up to three thresholds, with noise; some inputs are missing."""
+    alarmed = 0
+    for seed in range(40):
+        draw = random.Random(seed)
+        scale, shift, noise = draw.uniform(1, 4), draw.choice([0, draw.uniform(0, 4)]), draw.choice([0.01, 0.3])
+
+        def inputs(rank: int, draw: random.Random, scale: float, shift: float, noise: float) -> dict[str, float]:
+            if draw.random() < noise / 10:
+                return {"mean": math.nan, "std": math.nan}
+            std = math.exp(draw.gauss(0, noise)) * (scale if rank == 1 else 1)
+            return {"mean": draw.gauss(shift * (rank == 1), noise), "std": std}
+
+        made = [
+            {"inputs": {("fou", rank): inputs(rank, draw, scale, shift, noise) for rank in range(3)}} for _ in range(41)
+        ]
+        quick, thorough = (said(made.__getitem__, 40, ranks=3, rules=[rule]) for rule in (OtherScale(), Thorough()))
+        assert quick == thorough
+        alarmed += bool(quick)
+    assert 5 < alarmed < 35
 
 
 def audits(weights_differ: range) -> dict[int, list[Finding]]:

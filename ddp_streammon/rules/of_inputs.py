@@ -128,11 +128,15 @@ class Unscaled(Rule):
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
-            seen = [(abs(of.first_mean), of.first_std) for of in view.inputs(stream).values()]
-            sizes = [pair for pair in seen if not math.isnan(pair[1])]
+            sizes = []
+            for of in view.inputs(stream).values():
+                if not math.isnan(of.first_std):
+                    sizes.append((abs(of.first_mean), of.first_std))
+                    if max(sizes[-1]) < QUIET * self.most:
+                        break  # the best rank decides: where some only are unscaled, INR says so
             if not sizes or not view.trained(stream):
                 continue
-            mean, std = min(sizes, key=max)  # of the best rank: where some only are unscaled, INR says so
+            mean, std = min(sizes, key=max)
             if max(mean, std) < QUIET * self.most:
                 continue
             yield Signal(
@@ -168,9 +172,21 @@ class OtherScale(Rule):
     """In standard deviations of the others' inputs: a choice."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        for steps in view.turns(self.WINDOW):
+        for places in view.turns(self.WINDOW):
             for stream in view.streams:
-                yield from self._among(stream, view.of_data(_given(steps, view.number(stream))))
+                number = view.number(stream)
+                if not self._close(view.at(places, _spread, number)):
+                    given = _given([view.steps[place] for place in places], number)
+                    yield from self._among(stream, view.of_data(given))
+
+    def _close(self, spreads: Sequence[_Spread]) -> bool:
+        """Whether ranks are so close in every step that their medians cannot stand apart. Where in each step one rank
+        has at most a factor times another's size, or a distance more than its mean, so it has in their medians."""
+        told = [spread for spread in spreads if not math.isnan(spread.least)]
+        factor = max((spread.factor for spread in told), default=1.0)
+        shift = max((spread.shift for spread in told), default=0.0)
+        least = min((spread.least for spread in told), default=1.0)
+        return factor < self.factor**QUIET and shift < QUIET * self.shift * least
 
     def _among(self, stream: str, given: Mapping[int, Sequence[StreamInput]]) -> Iterator[Signal]:
         """Of ranks that are heard together."""
@@ -215,6 +231,28 @@ class OtherScale(Rule):
         far = {at: max(abs(math.log(size)), abs(means[at])) for at, size in sizes.items()}
         near, most = sorted(far, key=far.__getitem__)
         return (most if far[most] > far[near] + math.log(self.factor) / 2 else None), strength
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """How far ranks are apart in a stream's inputs of a step: the largest root mean square over the least, the largest
+    mean less the least, and the least root mean square. nan where no rank has any, infinite where some have none."""
+
+    factor: float
+    shift: float
+    least: float
+
+
+def _spread(step: StepStats, number: int) -> _Spread:
+    given = [facts.detail.inputs[number] for facts in step.rank_facts if facts.detail is not None]
+    sizes = [math.hypot(of.mean, of.std) for of in given]
+    finite = list(filter(math.isfinite, sizes))
+    if not finite:
+        return _Spread(math.nan, math.nan, math.nan)
+    if len(finite) < len(sizes) or not (least := min(finite)):
+        return _Spread(math.inf, math.inf, 0.0)
+    means = [of.mean for of in given]
+    return _Spread(max(finite) / least, max(means) - min(means), least)
 
 
 def _given(steps: Iterable[StepStats], number: int) -> dict[int, list[StreamInput]]:

@@ -44,8 +44,9 @@ class Outlier(Rule):
     the root of it, where noise makes up their gradients."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        for steps in view.turns(WINDOW):
-            yield from self._among(view, [step.local for step in steps if step.local])
+        for places in view.turns(WINDOW):
+            steps = [view.steps[place].local for place in places]
+            yield from self._among(view, [local for local in steps if local])
 
     def _among(self, view: View, steps: Sequence[Sequence[LocalNorms]]) -> Iterator[Signal]:
         """Of ranks that are heard together."""

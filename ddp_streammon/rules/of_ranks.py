@@ -135,12 +135,11 @@ class OtherMode(Rule):
     hold: int = 2
 
     def check(self, view: View) -> Iterator[Signal]:
-        modes = _known(view, lambda facts: facts.training)
-        inside = _known(view, lambda facts: math.nan if facts.detail is None else -facts.detail.in_eval)
-        for values in (modes, inside):
-            most = max(values.values(), default=math.nan)
-            bad = [rank for rank, value in values.items() if value < most]
-            if bad:
+        for figure in (attrgetter("training"), _not_in_eval):
+            if view.differ(figure):
+                values = _known(view, figure)
+                most = max(values.values())
+                bad = [rank for rank, value in values.items() if value < most]
                 yield Signal(
                     None,
                     single(bad),
@@ -151,6 +150,10 @@ class OtherMode(Rule):
                     evidence={f"rank {rank}": abs(value) for rank, value in list(values.items())[:16]},
                 )
                 return
+
+
+def _not_in_eval(facts: RankFacts) -> float:
+    return math.nan if facts.detail is None else -facts.detail.in_eval
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,9 @@ class Uneven(Rule):
     """A choice: the last batch of an epoch may be smaller, and is one step."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        samples = {rank: n for rank, n in view.of_data(_known(view, lambda facts: facts.samples)).items() if n > 0}
+        if not view.differ(attrgetter("samples")):
+            return
+        samples = {rank: n for rank, n in view.of_data(_known(view, attrgetter("samples"))).items() if n > 0}
         if len(set(samples.values())) < 2:
             return
         odd, apart = odd_one(samples)
@@ -280,11 +285,12 @@ def _moved(facts: RankFacts, number: int) -> float:
     return math.nan if facts.detail is None else facts.detail.moved[number]
 
 
-def table(steps: Sequence[StepStats], figure: Callable[[RankFacts], float]) -> dict[int, list[float]]:
+def by_rank(
+    view: View, places: Sequence[int], figure: Callable[[StepStats], Sequence[float]]
+) -> dict[int, list[float]]:
     """A figure of ranks that are heard together, by rank: its values in the steps in which all of them gave one."""
-    ranks = [facts.rank for facts in steps[-1].rank_facts]
-    rows = [list(map(figure, step.rank_facts)) for step in steps]
-    told = [row for row in rows if len(row) == len(ranks) and math.isfinite(sum(row))]
+    ranks = [facts.rank for facts in view.steps[places[-1]].rank_facts]
+    told = [row for row in view.at(places, figure) if math.isfinite(sum(row))]
     return dict(zip(ranks, map(list, zip(*told, strict=True)), strict=False))
 
 
@@ -311,12 +317,11 @@ class OtherLoss(Rule):
     """Of two ranks whose items are drawn alike one is so often above the other in one of 2,500 windows (binomial)."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        for steps in view.turns(self.WINDOW):
-            yield from self._among(view, steps)
+        for places in view.turns(self.WINDOW):
+            yield from self._among(view, view.of_data(by_rank(view, places, _losses)))
 
-    def _among(self, view: View, steps: Sequence[StepStats]) -> Iterator[Signal]:
+    def _among(self, view: View, own: Mapping[int, Sequence[float]]) -> Iterator[Signal]:
         """Of ranks that are heard together."""
-        own = view.of_data(table(steps, _loss))
         losses = {rank: statistics.median(of) for rank, of in own.items() if len(of) >= self.WINDOW // 2}
         if len(losses) < 2:
             return
@@ -343,8 +348,12 @@ class OtherLoss(Rule):
         )
 
 
-def _loss(facts: RankFacts) -> float:
-    return math.nan if facts.detail is None else facts.detail.loss
+def _losses(step: StepStats) -> list[float]:
+    return [math.nan if facts.detail is None else facts.detail.loss for facts in step.rank_facts]
+
+
+def _busy(step: StepStats) -> list[float]:
+    return [facts.busy_seconds for facts in step.rank_facts]
 
 
 def _above(of_ranks: Mapping[int, Sequence[float]], rank: int) -> float:
@@ -378,12 +387,11 @@ class Slow(Rule):
     """Of a step: a choice, less is not worth a word."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        for steps in view.turns(self.WINDOW):
-            yield from self._among(steps)
+        for places in view.turns(self.WINDOW):
+            yield from self._among([view.steps[place] for place in places], by_rank(view, places, _busy))
 
-    def _among(self, steps: Sequence[StepStats]) -> Iterator[Signal]:
+    def _among(self, steps: Sequence[StepStats], rows: Mapping[int, Sequence[float]]) -> Iterator[Signal]:
         """Of ranks that are heard together."""
-        rows = table(steps, attrgetter("busy_seconds"))
         if len(rows) < 2 or len(next(iter(rows.values()))) < self.LEAST:
             return
         busy = {rank: statistics.median(row) for rank, row in rows.items()}

@@ -161,7 +161,7 @@ class Window:
         self.steps.clear()
         self._columns.clear()
 
-    def column(self, count: int, figure: Callable[..., float], *of: Hashable) -> Iterator[float]:
+    def column(self, count: int, figure: Callable[..., T], *of: Hashable) -> Iterator[T]:
         """`figure(step, *of)` of the last `count` steps. Both are kept: a function of a module, not a lambda."""
         key = (figure, *of)
         column = self._columns.get(key)
@@ -178,7 +178,7 @@ class _Column:
     """A figure's values in the window, up to the step at which it was asked for last."""
 
     taken: int = 0
-    values: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    values: deque[Any] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
 
 def _last(items: deque[T], count: int) -> Iterator[T]:
@@ -228,6 +228,11 @@ class View:
 
     def sample(self, stream: str) -> Sample | None:
         return self.now.streams[stream].sample
+
+    def differ(self, figure: Callable[[RankFacts], float]) -> bool:
+        """Whether the ranks that were heard say different numbers, nan left out."""
+        said = map(figure, self.now.rank_facts)
+        return len({value for value in said if not math.isnan(value)}) > 1
 
     def inputs(self, stream: str) -> dict[int, StreamInput]:
         """Of each rank that was heard and has called the stream: its inputs."""
@@ -288,15 +293,23 @@ class View:
                     values.setdefault(facts.rank, []).append(value)
         return values
 
-    def turns(self, count: int) -> list[list[StepStats]]:
-        """The window's steps by the ranks that were heard in them, the last `count` of each: one list, unless ranks are
-        heard in turns."""
-        found: dict[tuple[int, int], deque[StepStats]] = {}
-        for step in self.steps:
-            if step.rank_facts:
-                heard = (step.rank_facts[0].rank, len(step.rank_facts))
-                found.setdefault(heard, deque(maxlen=count)).append(step)
-        return [list(steps) for steps in found.values()]
+    def turns(self, count: int) -> list[list[int]]:
+        """The window's steps, by place, by the ranks that were heard in them, the last `count` of each: one list,
+        unless ranks are heard in turns."""
+        found: dict[tuple[int, ...], deque[int]] = {}
+        for place, heard in enumerate(self._window.column(WINDOW, _heard)):
+            if heard:
+                found.setdefault(heard, deque(maxlen=count)).append(place)
+        return [list(places) for places in found.values()]
+
+    def at(self, places: Sequence[int], figure: Callable[..., T], *of: Hashable) -> list[T]:
+        """`figure(step, *of)` of the window's steps at these places; kept from step to step, see `Window.column`."""
+        values = list(self._window.column(WINDOW, figure, *of))
+        return [values[place] for place in places]
+
+    def heard(self, count: int) -> set[int]:
+        """The ranks that were heard in one of the last `count` measured steps."""
+        return set().union(*self._window.column(count, _heard))
 
     def missing(self, requires: Sequence[str]) -> str:
         """Why a rule that requires these cannot be evaluated; empty if it can."""
@@ -305,6 +318,10 @@ class View:
     def ranks(self) -> Iterator[int]:
         """The ranks that were heard."""
         return (rank.rank for rank in self.now.rank_facts)
+
+
+def _heard(step: StepStats) -> tuple[int, ...]:
+    return tuple([facts.rank for facts in step.rank_facts])
 
 
 def _mean(step: StepStats, scalar: str) -> float:
