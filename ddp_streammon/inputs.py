@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class Inputs:
         self._held: list[tuple[Tensor, int, list[float]] | None] = [None] * len(self._seen)
         """Those batches, until then, their version (what was changed in place is not looked at), and where they are."""
         self._calls = [0] * len(self._seen)
+        self._root_saw: tuple[Hashable, Tensor] = (None, self._seen[0])
+        """Where the last root's batch lies that was looked at in its forward, and what was added for it."""
         self._hooks: list[RemovableHandle] = []
         self.watched = tuple(bool(stream.roots) for stream in streams.streams)
         """For each stream whether it has a module whose inputs can be seen."""
@@ -60,18 +62,33 @@ class Inputs:
         if tensor is not None:
             self._calls[number] += 1
             self._read_held(number)
-            batch, compare = local(tensor.detach()), number % 2 == 0
-            place = self._reader.place(batch, compare=compare)
+            batch = local(tensor.detach())
+            later = not batch.is_inference()  # such a tensor does not say whether it was changed in place
+            place = self._reader.place(batch, compare=number % 2 == 0) if later else None
             if place is None:
-                self._reader.add(number, batch, compare=compare)
+                self._look(number, batch)
             else:
                 self._held[number] = (batch, batch._version, place)
+
+    def _look(self, number: int, batch: Tensor) -> None:
+        """Now. A first layer that sees the very input of its root is not looked at for itself."""
+        is_root, sums = number % 2 == 0, self._seen[number, : sample.BAD]
+        plain = batch.is_contiguous() and not batch.is_inference()
+        memory = (batch.data_ptr(), len(batch), batch.numel(), batch.dtype, batch._version) if plain else None
+        if is_root:
+            before = sums.clone()
+            self._reader.add(number, batch, compare=True)
+            self._root_saw = memory, sums - before
+        elif memory is not None and memory == self._root_saw[0]:
+            sums += self._root_saw[1]
+        else:
+            self._reader.add(number, batch, compare=False)
 
     def _read_held(self, number: int) -> None:
         """Several forwards in a step: all but the last are looked at as the next one begins."""
         held, self._held[number] = self._held[number], None
         if held is not None and held[0]._version == held[1]:
-            self._reader.add(number, held[0], compare=number % 2 == 0)
+            self._look(number, held[0])
 
     def wanted(self) -> bool:
         """Whether this forward is one of training."""
@@ -83,6 +100,7 @@ class Inputs:
         nothing_yet = (0.0,) * (INPUT_CELLS - 1)
         cells = [cell for calls in self._calls[::2] for cell in (float(calls), *nothing_yet)]
         self._calls = [0] * len(self._calls)
+        self._root_saw = None, self._seen[0]
         nothing = [0.0] * self._reader.place_cells
         places = [nothing if held is None or held[0]._version != held[1] else held[2] for held in self._held]
         return cells, [cell for place in places for cell in place]

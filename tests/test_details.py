@@ -1,0 +1,198 @@
+"""What the evidence rules see beside the gradients' norms, against its definitions, on real ranks.
+
+The network is so small that every sample is all there is, but for the gradient of rgb's last layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddp_streammon import StreamMonitor
+from ddp_streammon.ranks import RankDetail
+from ddp_streammon.sampled import LAYER
+from ddp_streammon.sinks import MemorySink
+from ddp_streammon.stats import StepStats
+from tests.networks import STREAMS, batch, loss_of, network, part
+from tests.ranks import run_ranks
+
+CONSTANT, UNCLEARED, TWICE, BROKEN = 3, 4, 5, 6
+"""Steps: equal items on rank 0, gradients left standing, two forwards, an infinite input on the last rank."""
+RATE = {"rgb": 0.1, "depth": 0.02, "shared": 0.05}
+
+
+def _of_streams(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    found: dict[str, list[nn.Parameter]] = {name: [] for name in (*STREAMS, "shared")}
+    for name, parameter in model.named_parameters():
+        found[name.split(".")[0] if name.split(".")[0] in found else "shared"].append(parameter)
+    return found
+
+
+def _whole(parameters: list[nn.Parameter]) -> Tensor:
+    return torch.cat([parameter.detach().double().reshape(-1) for parameter in parameters])
+
+
+def _inputs(rank: int, world: int, step: int) -> tuple[Tensor, ...]:
+    rgb, depth, target = (tensor.clone() for tensor in part(batch(seed=step), rank, world))
+    if step == BROKEN and rank == world - 1:
+        depth[1, 2] = math.inf
+    if step == CONSTANT and rank == 0:
+        rgb[:] = rgb[:1].clone()
+    return rgb, depth, target
+
+
+def _figures_of(tensor: Tensor) -> dict[str, float]:
+    values = tensor.double()
+    finite = values[torch.isfinite(values)]
+    return {
+        "mean": finite.mean().item(),
+        "std": finite.std(unbiased=False).item(),
+        "abs_max": finite.abs().max().item(),
+        "nonfinite": float(values.numel() - finite.numel()),
+    }
+
+
+def _job() -> tuple[list[StepStats], list[dict[str, Any]]]:
+    """What rank 0's sink was told, and what is true here, step by step."""
+    inner = network()
+    here = torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if here else (0, 1)
+    model: nn.Module = DistributedDataParallel(inner) if here else inner
+    streams = _of_streams(inner)
+    optimizer = torch.optim.SGD([{"params": own, "lr": RATE[name]} for name, own in streams.items()], momentum=0.9)
+    sink = MemorySink()
+    monitor = StreamMonitor(model, optimizer, streams=STREAMS, sinks=[sink])
+    true, before = [], {name: _whole(own) for name, own in streams.items()}
+    for step in range(1, BROKEN + 1):
+        given = _inputs(rank, world, step)
+        if step == TWICE:
+            inner(*_inputs(rank, world, step + 100)[:-1])
+        loss = loss_of(model, given)
+        loss.backward()
+        now = {name: _whole(own) for name, own in streams.items()}
+        kernels = [inner.rgb[0].weight, inner.rgb[3].weight]
+        true.append(
+            {
+                "loss": loss.item(),
+                "weight": {name: own.norm().item() for name, own in now.items()},
+                "moved": {name: (own - before[name]).norm().item() for name, own in now.items()},
+                "share": {name: (own != before[name]).double().mean().item() for name, own in now.items()},
+                "ends": [k.grad.reshape(-1)[:LAYER].double().square().mean().sqrt().item() for k in kernels],  # type: ignore[union-attr]
+                "inputs": [_figures_of(x) for x in given[:-1]],
+            }
+        )
+        monitor.step(loss=loss.detach(), samples=len(given[-1]))
+        optimizer.step()
+        before = now
+        if step + 1 != UNCLEARED:
+            optimizer.zero_grad()
+    monitor.close()
+    return [report.stats for report in sink.reports if report.stats is not None], true
+
+
+@functools.cache
+def jobs(world: int) -> tuple[list[StepStats], list[list[dict[str, Any]]]]:
+    """The steps as rank 0 saw them; and of each rank what is true."""
+    found = [_job()] if world == 1 else run_ranks(world, _job)
+    return found[0][0], [true for _, true in found]
+
+
+WORLDS = pytest.mark.parametrize("world", [1, 2, 3])
+
+
+def close(value: float) -> Any:
+    return pytest.approx(value, rel=1e-5, abs=1e-7, nan_ok=True)
+
+
+@WORLDS
+def test_samples_of_weights_say_how_they_move(world: int) -> None:
+    steps, true = jobs(world)
+    assert len(steps) == BROKEN
+    for step, at_rank_0 in zip(steps, true[0], strict=True):
+        for name, stream in step.streams.items():
+            assert stream.sample is not None
+            assert stream.sample.weight == close(at_rank_0["weight"][name])
+            first = step.step == 1
+            update = at_rank_0["moved"][name] / at_rank_0["weight"][name]
+            assert stream.sample.update == close(math.nan if first else update)
+            assert stream.sample.moved == close(math.nan if first else at_rank_0["share"][name])
+            for facts in step.rank_facts:
+                assert isinstance(facts.detail, RankDetail)
+                number = list(step.streams).index(name)
+                assert facts.detail.moved[number] == close(math.nan if first else at_rank_0["moved"][name])
+                assert facts.detail.base_lr[number] == RATE[name]
+
+
+@WORLDS
+def test_samples_of_gradients_are_of_the_first_and_the_last_layer(world: int) -> None:
+    steps, true = jobs(world)
+    for step, at_rank_0 in zip(steps[: BROKEN - 1], true[0][: BROKEN - 1], strict=True):
+        samples = {name: stream.sample for name, stream in step.streams.items()}
+        assert [samples["rgb"].first, samples["rgb"].last] == [close(end) for end in at_rank_0["ends"]]  # type: ignore[union-attr]
+        for name in ("depth", "shared"):  # one layer each
+            assert math.isnan(samples[name].first) and math.isnan(samples[name].last)  # type: ignore[union-attr]
+
+
+@WORLDS
+def test_what_is_trained_and_left_standing_is_counted(world: int) -> None:
+    steps, _ = jobs(world)
+    counts = {"rgb": 4, "depth": 2, "shared": 2}
+    for step in steps:
+        for name, stream in step.streams.items():
+            sample = stream.sample
+            assert sample is not None
+            assert (sample.trainable, sample.optimized) == (counts[name], counts[name])
+            assert sample.uncleared == (world if step.step == UNCLEARED else 0)
+
+
+@WORLDS
+def test_ranks_say_their_own_loss_and_inputs(world: int) -> None:
+    steps, true = jobs(world)
+    for step in steps:
+        assert [facts.rank for facts in step.rank_facts] == list(range(world))
+        for facts in step.rank_facts:
+            detail, own = facts.detail, true[facts.rank][step.step - 1]
+            assert detail is not None
+            assert detail.loss == close(own["loss"])
+            if step.step == TWICE:
+                continue
+            for number, expected in enumerate(own["inputs"]):
+                seen = detail.inputs[number]
+                assert {key: getattr(seen, key) for key in expected} == {k: close(v) for k, v in expected.items()}
+                assert (seen.first_mean, seen.first_std) == (close(expected["mean"]), close(expected["std"]))
+                assert seen.calls == 1
+                assert seen.constant == (step.step == CONSTANT and facts.rank == 0 and number == 0)
+            assert detail.inputs[2].calls == 0
+
+
+@WORLDS
+def test_several_forwards_of_a_step_add_up(world: int) -> None:
+    steps, _ = jobs(world)
+    for facts in steps[TWICE - 1].rank_facts:
+        assert facts.detail is not None
+        pairs = zip(_inputs(facts.rank, world, TWICE), _inputs(facts.rank, world, TWICE + 100), strict=True)
+        for number, (last, first) in enumerate(list(pairs)[:-1]):
+            both, seen = _figures_of(torch.cat([first, last])), facts.detail.inputs[number]
+            assert {key: getattr(seen, key) for key in both} == {k: close(v) for k, v in both.items()}
+            assert (seen.calls, seen.first_mean, seen.first_std) == (2, close(both["mean"]), close(both["std"]))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_equal_weights_and_batches_have_equal_numbers_and_others_have_not(world: int) -> None:
+    steps, _ = jobs(world)
+    seen = set()
+    for step in steps:
+        details = [facts.detail for facts in step.rank_facts]
+        assert len({detail.weights for detail in details if detail is not None}) == 1
+        batches = {detail.batch for detail in details if detail is not None}
+        assert len(batches) == world
+        seen |= batches
+    assert len(seen) == BROKEN * world
+    numbers = {facts.detail.weights for step in steps for facts in step.rank_facts if facts.detail is not None}
+    assert len(numbers) == BROKEN
