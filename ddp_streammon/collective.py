@@ -110,7 +110,7 @@ class Collective:
             by_type.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for (_, device), members in by_type.items():
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in members]).to(self.device_for(device))
-            dist.broadcast(flat, src=source, group=self.group)
+            dist.broadcast(flat.view(torch.uint8), src=source, group=self.group)  # bytes: gloo refuses some dtypes
             parts = torch.split(flat.to(device), [tensor.numel() for tensor in members])
             for tensor, part in zip(members, parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))

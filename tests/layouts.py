@@ -94,19 +94,15 @@ def _tensor_parallel(model: Three, mesh: DeviceMesh) -> Three:
 
 
 def _sequence_parallel(model: Three, mesh: DeviceMesh) -> Three:
-    parallelize_module(
-        model.rgb,
-        mesh,
-        {
-            "": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1)),
-            "norm": SequenceParallel(),
-            "up": ColwiseParallel(input_layouts=Shard(1)),
-            "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
-        },
-    )
-    parallelize_module(
-        model.rgb, mesh, PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate())
-    )
+    inside = {
+        "norm": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+    }
+    cut = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1))
+    whole = PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate())
+    for plan in (inside, cut, whole):
+        parallelize_module(model.rgb, mesh, plan)
     return model
 
 

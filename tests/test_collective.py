@@ -13,7 +13,16 @@ from ddp_streammon.collective import Collective
 from ddp_streammon.shards import Topology
 from tests.ranks import run_ranks
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64]
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int16,
+    torch.bool,
+    torch.complex64,
+]
 
 
 def tensors(seed: int) -> list[Tensor]:

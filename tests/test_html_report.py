@@ -381,8 +381,9 @@ def test_a_million_steps_are_read_in_one_pass_and_make_a_small_file(tmp_path: Pa
 
 def test_the_command_writes_the_file_beside_the_record_and_says_where(tmp_path: Path) -> None:
     write_records(tmp_path / "metrics.jsonl", whole_run(200))
+    torchs_own = "ignore:Implicitly cleaning up:ResourceWarning"  # a folder that PyTorch 2.6 makes when it is imported
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "ddp_streammon.report", str(tmp_path)],
+        [sys.executable, "-W", "error", "-W", torchs_own, "-m", "ddp_streammon.report", str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,

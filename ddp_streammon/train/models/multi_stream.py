@@ -86,7 +86,7 @@ class MultiStreamModel(nn.Module):
     @property
     def stream_names(self) -> tuple[str, ...]:
         """Names of the streams, in the order of forward's arguments."""
-        return tuple(self.encoders)
+        return tuple(self.encoders.keys())  # PyTorch 2.6 compiles around a ModuleDict that is iterated itself
 
     @property
     def device(self) -> torch.device:
