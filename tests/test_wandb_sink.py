@@ -297,6 +297,16 @@ def test_resuming_offline_keeps_the_id(tmp_path: Path) -> None:
     assert sorted(steps) == [1, 2]
 
 
+def test_what_is_asked_to_stop_may_hold_a_lock_which_wandb_cannot_copy() -> None:
+    asked = threading.Event()
+    sink = WandbSink(on_stop=asked.set)
+    sink.open(RUN)
+    settings = wandb.run.settings  # a deep copy, which W&B makes where finishing takes too long
+    settings.stop_fn()
+    sink.close(OUTCOME)
+    assert asked.is_set()
+
+
 def test_online_and_resumed_on_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeWandb() as server:
         for name, value in server.env().items():

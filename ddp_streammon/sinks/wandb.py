@@ -195,7 +195,9 @@ class WandbSink:
     def _started(self, run: RunInfo, config: Mapping[str, Any]) -> Any:
         """A run of our own; offline where the server does not answer."""
         folder = self._dir or os.environ.get("WANDB_DIR")
-        settings = _settings(self._wandb, {} if self._on_stop is None else {"stop_fn": self._on_stop})
+        ask = self._on_stop
+        # A function of its own: W&B copies its settings deeply, and a method's owner may hold a lock.
+        settings = _settings(self._wandb, {} if ask is None else {"stop_fn": lambda: ask()})
         arguments = {
             **self._place,
             "id": self.run_id,
