@@ -119,7 +119,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(_x(keys.ACC_GAP), "train - val accuracy (Newcombe 1998; Zou and Donner 2008)", "0 to 1", _ALONE, True),
     Metric(_x(keys.LOSS_GAP), "val - train loss", "loss", _ALONE, True),
-    Metric(_x(keys.OVERFITTING_SCORE), "X_acc_gap + X_loss_gap", "mixed: adds nats to accuracies", _SEED),
+    Metric(_x(keys.OVERFITTING_SCORE), "X_acc_gap + X_loss_gap", "mixed: adds loss to accuracies", _SEED),
     Metric(keys.overfit_ratio(_STREAM, _OTHER), "X_overfitting_score / Y's; nan unless both are positive", "1", _SEED),
     Metric(_x(f"{keys.WITHOUT}{_SPLIT}_acc"), "accuracy with X's features at zero, all others kept", "0 to 1", _ALONE),
     Metric(_x(f"{keys.WITHOUT}{_SPLIT}_loss"), "the loss of that", "loss", _ALONE),

@@ -263,12 +263,12 @@ def test_the_evaluation_in_words() -> None:
     number = r"-?\d+\.\d+"
     interval = rf"\[{number}, {number}\]"
     assert re.fullmatch(
-        rf"rgb: exchanging its input costs {number} nats {interval}, and of accuracy {number} pp {interval}, "
+        rf"rgb: exchanging its input costs {number} of loss {interval}, and of accuracy {number} pp {interval}, "
         rf"its features know, beyond the majority class, {number} pp {interval}, "
         rf"and what the others do not, {number} pp {interval} \(95 % intervals, 45 items\)",
         first,
     )
-    assert f"{found['rgb_val_uses']:.3f} nats [{found['rgb_val_uses_low']:.3f}" in first
+    assert f"{found['rgb_val_uses']:.3f} of loss [{found['rgb_val_uses_low']:.3f}" in first
 
 
 def test_a_history_and_sinks_get_every_figure() -> None:

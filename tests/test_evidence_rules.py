@@ -412,3 +412,10 @@ def test_the_advice_is_never_what_the_evidence_shows_to_hurt() -> None:
     assert "LRL" in {finding.rule for finding in raising} <= {"LRL", "RATE", "LR"}
     for finding in raising:
         assert finding.rule != "LRL" or "untested on your data" in finding.do
+
+
+def test_a_training_that_is_too_short_for_its_decay_is_not_told_to_decay_more() -> None:
+    facts = every(facts={r: {"weight_decay": (1.0, 1e-4, 1e-4)} for r in (0, 1)})  # 5 % a step
+    assert not said(facts, 3, intent=Intent(frozen=(), total_steps=16))
+    found = said(facts, 3, intent=Intent(frozen=(), total_steps=100))[("DECAY", "fou", None)]
+    assert found.action is not None and (found.action.old, found.action.value) == (1.0, 0.2)

@@ -11,7 +11,7 @@ import pytest
 from ddp_streammon.report.page import write
 from ddp_streammon.report.story import Story
 from tests.browser import CHROMIUM, DRIVER, MISSING, Browser
-from tests.records import STREAMS, run_record, step_record, whole_run
+from tests.records import STREAMS, epoch_record, epoch_values, run_record, step_record, whole_run
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason=MISSING)
 FIND = """
@@ -75,6 +75,45 @@ def test_everything_is_there_without_an_error_or_a_request(
     assert browser.run("return window.hacked === undefined && document.images.length === 0;")
     names = browser.run(f"{FIND} return all('#streams th[scope=row]').map((cell) => cell.textContent);")
     assert names == [*STREAMS, "shared", "whole model"]
+
+
+OVERLAPS = """
+const found = [];
+for (const figure of document.querySelectorAll("figure")) {
+  const texts = [...figure.querySelectorAll("svg text")].filter((of) => of.textContent.trim());
+  texts.forEach((text, at) => texts.slice(at + 1).forEach((other) => {
+    const [a, b] = [text.getBoundingClientRect(), other.getBoundingClientRect()];
+    const wide = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+    const tall = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+    if (wide > 1 && tall > 4) found.push(`${text.textContent} | ${other.textContent}`);
+  }));
+}
+return found;
+"""
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_no_text_lies_on_another_at_phone_width(width: int, browser: Browser, tmp_path: Path) -> None:
+    streams = ("rgb", "a_tower_with_a_long_name", "thermal_camera_2")
+    story = Story()
+    for record in (run_record(streams), step_record(100, {}), epoch_record(100, epoch_values(100, streams))):
+        story.add(record)
+    write(story, tmp_path / "report.html")
+    shown(browser, tmp_path / "report.html", width, dark=False)
+    assert browser.run(f"{FIND} return all('.whisker').length;") == 13
+    assert browser.run(OVERLAPS) == []
+
+
+def test_a_logarithmic_axis_has_marks_over_all_of_its_length(browser: Browser, tmp_path: Path) -> None:
+    story = Story()
+    for record in (run_record(), *(step_record(step, {"rgb_update_ratio": 0.0012 * step}) for step in range(1, 41))):
+        story.add(record)
+    write(story, tmp_path / "report.html")
+    shown(browser, tmp_path / "report.html", 390, dark=False)
+    marks = browser.run(
+        f"{FIND} return [...titled('Update ratio').querySelectorAll('text')].map((e) => e.textContent);"
+    )
+    assert marks[:4] == ["0.002", "0.005", "0.01", "0.02"]
 
 
 def readout(browser: Browser, title: str) -> list[str]:

@@ -314,10 +314,16 @@ def test_the_page_asks_for_nothing_from_elsewhere() -> None:
     assert "default-src &#x27;none&#x27;" in text and 'name="viewport"' in text
 
 
+@pytest.mark.parametrize("config", [{"world_size": 3}, {"world_size": None, "setup": {"world": 3}}])
+def test_the_head_says_how_many_ranks_ran(config: dict[str, Any]) -> None:
+    assert "3 ranks · 4 steps" in Tags(page(story_of(run_record(**config), step_record(4, {})))).visible
+
+
 def test_findings_are_told_with_evidence_and_override() -> None:
     text = Tags(page(story_of(*whole_run()))).visible
-    for part in ("OUTLIER", "factor\xa04.5", "rank 2\xa0nan", "Likely too high a rate", "optim.streams.rgb.lr=0.0005"):
+    for part in ("OUTLIER", "factor\xa0=\xa04.5", "rank 2\xa0=\xa0nan", "Likely too high a rate"):
         assert part in text, part
+    assert "optim.streams.rgb.lr=0.0005" in text
     own_loop = story_of(run_record(), epoch_record(4, {}, [{**ADVICE, "action": {**ADVICE["action"], "how": ""}}]))
     assert "parameter group 'rgb': lr 0.001 -> 0.0005" in Tags(page(own_loop)).visible
 

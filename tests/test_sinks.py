@@ -485,6 +485,14 @@ def test_console_counts_what_stands_and_shows_overrides() -> None:
     ]
 
 
+def test_console_counts_neither_what_it_has_just_said_nor_that_nothing_was_found() -> None:
+    clear = Finding("no alarm from 24 rules", rule="OK")
+    found = Report("epoch", 10, 1.0, {"rgb_val_uses": 0.5}, (clear, OVERFIT))
+    assert len(printed(found, Report("epoch", 10, 1.0, {}, (clear, OVERFIT)))) == len(printed(found))
+    later = Report("epoch", 20, 2.0, {}, (clear, OVERFIT))
+    assert printed(found, later)[-2:] == ["epoch 2 (step 20)", "  (1 unchanged)"]
+
+
 def test_console_says_an_alarm_at_its_step_and_once() -> None:
     nan = Finding("❌ Rgb: 4 NaN gradients", rule="nonfinite", severity=Severity.error, stream="rgb", rank=2)
     hint = Finding("ℹ️  ratio 1.2", rule="ratio")

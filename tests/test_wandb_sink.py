@@ -297,6 +297,16 @@ def test_resuming_offline_keeps_the_id(tmp_path: Path) -> None:
     assert sorted(steps) == [1, 2]
 
 
+def test_what_is_asked_to_stop_may_hold_a_lock_which_wandb_cannot_copy() -> None:
+    asked = threading.Event()
+    sink = WandbSink(on_stop=asked.set)
+    sink.open(RUN)
+    settings = wandb.run.settings  # a deep copy, which W&B makes where finishing takes too long
+    settings.stop_fn()
+    sink.close(OUTCOME)
+    assert asked.is_set()
+
+
 def test_online_and_resumed_on_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeWandb() as server:
         for name, value in server.env().items():
@@ -330,6 +340,36 @@ def _log_until_killed(folder: str, told: Any) -> None:
         sink.write(step(number))
         told.send((number, time.monotonic()))
         time.sleep(0.02)
+
+
+ORPHANED = """
+import os, signal, time
+from ddp_streammon.report import Outcome, Report, RunInfo
+from ddp_streammon.sinks import FanOut
+from ddp_streammon.sinks.wandb import WandbSink
+from tests.faults import service_processes
+
+sink = FanOut([WandbSink()])
+sink.open(RunInfo(("rgb",), {}, ""))
+sink.write(Report("step", 1, None, {"loss": 1.0}))
+assert sink.flush(20)
+os.kill(*service_processes(), signal.SIGKILL)
+for step in range(2, 50):
+    sink.write(Report("step", step, None, {"loss": 1.0}))
+    time.sleep(0.02)
+sink.close(Outcome({}, (), ""))
+"""
+
+
+def test_a_service_that_is_gone_is_one_warning_and_no_traceback_at_exit(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", ORPHANED], cwd=root, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("WandbSink failed in write (")
+    assert line.endswith("): it is off for the rest of this run, all else goes on")
 
 
 def rows_on_disk(folder: Path) -> int:

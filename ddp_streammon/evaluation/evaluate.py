@@ -215,7 +215,7 @@ def _sentences(found: Evaluation) -> Iterator[str]:
         parts = [
             _phrase(found.estimates.get(keys.of_stream(name, key)), text, unit)
             for key, text, unit in (
-                (f"{found.split}_{keys.USES}", "exchanging its input costs", "nats"),
+                (f"{found.split}_{keys.USES}", "exchanging its input costs", "of loss"),
                 (f"{found.split}_{keys.USES}_acc", "and of accuracy", "pp"),
                 (keys.KNOWS, "its features know, beyond the majority class,", "pp"),
                 (keys.COMPLEMENT, "and what the others do not,", "pp"),

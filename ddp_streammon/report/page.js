@@ -86,7 +86,7 @@
 
   function logTicks(low, high) {
     const decades = Math.log10(high / low);
-    const factors = decades < 1.5 ? [1, 2, 5] : [1];
+    const factors = decades < 2 ? [1, 2, 5] : [1];
     const every = Math.max(1, Math.ceil(decades / 5));
     const found = [];
     for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
@@ -256,9 +256,19 @@
       add(label, "tspan", { style: `fill: ${colour}; font-weight: 600` }, name);
       add(label, "tspan", {}, ` ${row.label}`);
       add(label, "title", {}, row.name);
-      const figures = add(svg, "text", { x: width - 4, y: y - 9, "text-anchor": "end" });
+      const figures = add(svg, "text", { x: width - 4, y: y - 9, "text-anchor": "end", class: "reading" });
       add(figures, "tspan", { style: `fill: ${paint("text")}; font-weight: 600` }, number(row.value));
-      add(figures, "tspan", {}, bounds);
+      const interval = add(figures, "tspan", {}, bounds);
+      const free = () => width - 16 - figures.getComputedTextLength() - label.getComputedTextLength();
+      if (free() < 0) {
+        add(figures, "title", {}, `${number(row.value)}${bounds}`);
+        interval.remove();
+      }
+      if (free() < 0) {
+        const length = width - 16 - figures.getComputedTextLength();
+        label.setAttribute("textLength", Math.max(40, length));
+        label.setAttribute("lengthAdjust", "spacingAndGlyphs");
+      }
       if (bounds) {
         add(svg, "line", { x1: x(row.low), x2: x(row.high), y1: y, y2: y, stroke: colour, "stroke-width": 3, opacity: 0.5, class: "whisker" });
       }

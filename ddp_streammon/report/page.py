@@ -86,8 +86,7 @@ def _json(value: Any) -> str:
 
 def _header(story: Story, name: str) -> str:
     said = verdict(story)
-    config: Any = story.runs[-1].get("config") if story.runs else {}
-    world = config.get("world_size") if isinstance(config, Mapping) else None
+    world = _ranks(story)
     begun = story.runs[0].get("time") if story.runs else None
     facts = [
         f"{len(story.streams)} streams" if story.streams else "",
@@ -105,6 +104,15 @@ def _header(story: Story, name: str) -> str:
         f"<div><p><strong>{escape(said.headline[:1].upper() + said.headline[1:])}</strong></p>"
         f"<p>{escape(said.detail)}</p></div></div></header>"
     )
+
+
+def _ranks(story: Story) -> Any:
+    """How many ranks ran: as the application says it, or as the monitor was set up."""
+    config: Any = story.runs[-1].get("config") if story.runs else None
+    if not isinstance(config, Mapping):
+        return None
+    setup = config.get("setup")
+    return config.get("world_size") or (setup.get("world") if isinstance(setup, Mapping) else None)
 
 
 def _date(time: Any) -> str:
@@ -152,7 +160,7 @@ def _row(told: Told, story: Story) -> str:
         if found.get(name)
     )
     evidence = "".join(
-        f"<span><b>{escape(key)}</b>&nbsp;{_number(value)}</span> "
+        f"<span><b>{escape(key)}</b>&nbsp;=&nbsp;{_number(value)}</span> "
         for key, value in floats(found.get("evidence")).items()
     )
     until = "stands" if told.stands else f"{told.spans[-1][1]:,}"

@@ -56,7 +56,7 @@ def _val(figure: str) -> str:
 PICTURES = (
     Picture(
         "Loss of the whole model",
-        "nats",
+        "loss",
         "The loss of every step, and of the evaluations. Validation that rises while training falls is "
         "overfitting; a step curve that jumps and does not come back is a rate that is too high. Both flat near "
         "ln(classes): nothing is learned.",
@@ -119,8 +119,8 @@ PICTURES = (
     ),
     Picture(
         "Learning rate",
-        "",
-        "What each stream's parameter group has. Read it beside the update ratio, which says what came of it. A "
+        "of the stream's parameter group",
+        "Read it beside the update ratio, which says what came of it. A "
         "jump up, or a fall to nothing long before the end, is a schedule that counts other steps than the "
         "training.",
         (Line(keys.LEARNING_RATE),),
@@ -128,7 +128,7 @@ PICTURES = (
     ),
     Picture(
         "What the head uses: loss that an exchanged input costs",
-        "nats",
+        "loss",
         "How much the loss rises when the stream's input is another item's. A band that holds zero: no use is "
         "seen. One that stays there while another stream's rises is a stream that the head leaves aside.",
         (Line(_val(keys.USES)),),
@@ -136,7 +136,7 @@ PICTURES = (
     ),
     Picture(
         "Loss that mean features cost",
-        "nats",
+        "loss",
         "The second view of use: the stream's features are replaced by their mean over training items. Where it "
         "and the first view disagree, trust neither alone. Negative: the model does better without the stream.",
         (Line(_val(keys.ABLATED)),),
@@ -168,7 +168,7 @@ PICTURES = (
     ),
     Picture(
         "Loss of each stream alone",
-        "nats",
+        "loss",
         "Through the model's own head, too. Dashed: training items; the distance to the solid line is how much "
         "the stream has learned by heart. A level far above ln(classes) is a head that is lost without the "
         "others.",
@@ -176,7 +176,7 @@ PICTURES = (
     ),
     Picture(
         "Generalisation gap in the loss",
-        "nats, validation less training",
+        "loss, validation less training",
         "Above zero and growing: overfitting. The whole model's line is the one that counts. A stream's line "
         "that grows alone says where it comes from.",
         (
@@ -188,7 +188,7 @@ PICTURES = (
     ),
     Picture(
         "Streams that cover for each other",
-        "nats",
+        "loss",
         "What exchanging both costs beyond the one and the other. Above zero each covers for the other: they are "
         "redundant, which is no fault. Below zero they need each other.",
         (Line("val", "", "pairs"),),
@@ -207,7 +207,7 @@ PICTURES = (
 WHISKERS = (
     Whiskers(
         "What the head uses, at the last evaluation",
-        "nats of validation loss",
+        "validation loss",
         "Dot: the estimate; bar: 95 % interval; tick: the smallest effect that would have been seen. A bar that holds "
         "zero: no use was seen, and one beyond the tick is unlikely. A tick far out: too few items to tell.",
         (Line(_val(keys.USES), "input exchanged"), Line(_val(keys.ABLATED), "mean features")),

@@ -238,7 +238,8 @@ class ZeroRate(Rule):
 @dataclass(frozen=True)
 class Decay(Rule):
     """DECAY: learning rate x weight decay takes more than `most` of the weights away in every step: what gradients
-    build is gone within a few dozen steps. Usual settings are 1e-7 to 1e-3 (SGD 0.1 x 5e-4, AdamW 1e-3 x 0.1)."""
+    build is gone within a few dozen steps. Usual settings are 1e-7 to 1e-3 (SGD 0.1 x 5e-4, AdamW 1e-3 x 0.1).
+    Nothing where all of a declared training is too short for a fall by 1/e."""
 
     id: ClassVar[str] = "DECAY"
     kind: ClassVar[Kind] = Kind.configuration
@@ -257,6 +258,8 @@ class Decay(Rule):
                 continue
             old = decay
             new = float(f"{1 / (lr * (view.intent.total_steps or 10_000)):.1g}")
+            if new >= old:
+                continue
             yield Signal(
                 stream if stream != keys.SHARED else None,
                 seen=f"{stream}: weight decay {old:g} at learning rate {lr:g} takes {lr * decay:.1%} of it a step",

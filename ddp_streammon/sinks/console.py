@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TextIO
 
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
-from ddp_streammon.report import Outcome, Report, RunInfo, Told, to_set
+from ddp_streammon.report import Outcome, Report, RunInfo, Told, gist, to_set
 from ddp_streammon.rules.finding import Finding
 
 _COLUMNS = (
@@ -20,6 +20,8 @@ _COLUMNS = (
     keys.OVERFITTING_SCORE,
     keys.LEARNING_RATE,
 )
+NOTHING_FOUND = ("OK", "S-OK")
+"""Rules that say that nothing was found, as of the last epoch."""
 _WHOLE_MODEL = (keys.TRAIN_LOSS, keys.VAL_LOSS, keys.TRAIN_ACC, keys.VAL_ACC)
 
 
@@ -42,6 +44,8 @@ class ConsoleSink:
         self._told = Told()
         self._last_step: Mapping[str, float] = {}
         self._heading = ""
+        self._said: set[Hashable] = set()
+        """What was printed under this heading."""
 
     def open(self, run: RunInfo) -> None:
         """Print the inventory."""
@@ -58,8 +62,9 @@ class ConsoleSink:
             self._print(*(f"step {report.step}: {self._sentence(finding)}" for finding in news))
             return
         news = self._told.news("epoch", report.findings)
-        standing = len(report.findings) - len(news)
         when = f"step {report.step}" if report.epoch is None else f"epoch {report.epoch:.4g} (step {report.step})"
+        self._said = set(map(gist, news)) | (self._said if when == self._heading else set())
+        standing = sum(of.rule not in NOTHING_FOUND and gist(of) not in self._said for of in report.findings)
         uses = uses_lines(report.values, self._streams)
         self._print(
             *([when] if when != self._heading else []),

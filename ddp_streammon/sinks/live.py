@@ -18,7 +18,7 @@ from ddp_streammon.config import Severity
 from ddp_streammon.report import Outcome, Report, RunInfo, Sink, gist
 from ddp_streammon.report.curves import Curve
 from ddp_streammon.rules.finding import Finding
-from ddp_streammon.sinks.console import ConsoleSink
+from ddp_streammon.sinks.console import NOTHING_FOUND, ConsoleSink
 
 REFRESH_SECONDS = 1.0
 """At least so long between two drawings, of about 10 ms of the interpreter's time each."""
@@ -28,8 +28,6 @@ SPARK, CELL, NAME = 12, 9, 16
 """Characters of a curve, of a number, and of a stream's name at most."""
 STREAMS, FINDINGS = 10, 6
 """Rows that are shown, at most."""
-NOTHING_FOUND = ("OK", "S-OK")
-"""Rules that say that nothing was found, as of the last epoch."""
 BARS = "▁▂▃▄▅▆▇█"
 SPAN = 100.0
 """A curve that spans more is drawn by its logarithm."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import netrc
@@ -10,7 +11,7 @@ import secrets
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -156,8 +157,11 @@ class WandbSink:
 
     def write(self, report: Report) -> None:
         """Log the values (step reports thinned by `log_every`) and send the alerts."""
-        if self._run is None:
-            return
+        if self._run is not None:
+            with self._or_let_go():
+                self._write(report)
+
+    def _write(self, report: Report) -> None:
         is_due = report.kind == "epoch" or self._step_reports % self._log_every == 0
         self._step_reports += report.kind == "step"
         if report.step <= self._shown_until.get(report.kind, 0):
@@ -174,12 +178,25 @@ class WandbSink:
         """Write the table of findings and the summary; finish the run if it is ours."""
         if self._run is None:
             return
+        with self._or_let_go():
+            try:
+                self._conclude(outcome)
+            finally:
+                run, self._run = self._run, None
+                if self._owned:
+                    run.finish(exit_code=outcome.exit_code)
+
+    @contextlib.contextmanager
+    def _or_let_go(self) -> Iterator[None]:
+        """Where W&B's service is gone, a run of our own is left at once: at exit W&B would print a traceback."""
         try:
-            self._conclude(outcome)
-        finally:
-            run, self._run = self._run, None
+            yield
+        except ConnectionError:
             if self._owned:
-                run.finish(exit_code=outcome.exit_code)
+                self._run = None
+                with contextlib.suppress(Exception):
+                    self._wandb.teardown()
+            raise
 
     def _remember(self, record: Path) -> None:
         """Take over what earlier attempts have shown and alerted of."""
@@ -195,7 +212,9 @@ class WandbSink:
     def _started(self, run: RunInfo, config: Mapping[str, Any]) -> Any:
         """A run of our own; offline where the server does not answer."""
         folder = self._dir or os.environ.get("WANDB_DIR")
-        settings = _settings(self._wandb, {} if self._on_stop is None else {"stop_fn": self._on_stop})
+        ask = self._on_stop
+        # A function of its own: W&B copies its settings deeply, and a method's owner may hold a lock.
+        settings = _settings(self._wandb, {} if ask is None else {"stop_fn": lambda: ask()})
         arguments = {
             **self._place,
             "id": self.run_id,
