@@ -111,7 +111,7 @@ def exchanged_mean(
         for of in (y, w)
     )
     at_both = ratio_sums(y[mixed], w[mixed])
-    touching = ratio_sums(touching_y, touching_w)
+    touching, alone = ratio_sums(touching_y, touching_w), ratio_sums(totals, weights)
     total_y, total_w = float(y.sum()), float(w.sum())
     squares = RatioSums(
         float((weights != 0).sum()),
@@ -119,6 +119,7 @@ def exchanged_mean(
         total_y,
         total_w,
         *(getattr(touching, name) - getattr(at_both, name) for name in ("yy", "yw", "ww", "yyy", "yyw", "yww", "www")),
+        *(getattr(alone, name) for name in ("own_yy", "own_yw", "own_ww")),
     )
     dyadic = ratio(squares, level, unit_range=unit_range)
     return max(dyadic, plain, key=lambda estimate: estimate.high - estimate.low)
