@@ -30,7 +30,7 @@ def _rank(function: Callable[..., Any], rank: int, world: int, store: str, resul
         results.put((rank, None, traceback.format_exc()))
     finally:
         results.close()
-        results.join_thread()  # or the answer waits in a thread while destroying holds the interpreter (PyTorch 2.6, gloo)
+        results.join_thread()  # or it waits in a thread while destroying holds the interpreter (PyTorch 2.6, gloo)
         if dist.is_initialized():
             dist.destroy_process_group()
 
