@@ -210,11 +210,11 @@ def reduced(collective: Collective, bounds: Sequence[int]) -> Estimate:
 def groups_of_two_to_four() -> list[Estimate]:
     """What this rank finds in the groups of the first two to four ranks that it is in."""
     found = []
-    for bounds in ([0, 4, 30], [0, 0, 29, 30], [0, 10, 10, 11, 30]):
-        world = len(bounds) - 1
+    for edges in ([0, 4, 30], [0, 0, 29, 30], [0, 10, 10, 11, 30]):
+        world = len(edges) - 1
         group = dist.new_group(list(range(world)))
         if dist.get_rank() < world:
-            found.append(reduced(Collective(group), bounds))
+            found.append(reduced(Collective(group), edges))
     return found
 
 

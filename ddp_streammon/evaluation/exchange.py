@@ -14,7 +14,8 @@ from ddp_streammon.evaluation.intervals import Estimate, RatioSums, ratio, ratio
 
 Swap: TypeAlias = "Mapping[str, str | int | Sequence[str | int]]"
 """By stream: where its input lies in a batch. Keys of a mapping, positions in a tuple, attributes of any other object,
-with dots for what is nested (`inputs.pixel_values`, `0.1`)."""
+with dots for what is nested (`inputs.pixel_values`, `0.1`). Nothing that the score reads its target from: a language
+model's `input_ids`, if its `labels` lie elsewhere."""
 
 
 def partners(eligible: Tensor, groups: Tensor | None = None) -> Tensor:
