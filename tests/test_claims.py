@@ -103,6 +103,13 @@ def test_statements_of_a_stream(own: Evidence, expected: set[Statement]) -> None
     assert said(own) == expected
 
 
+def test_what_something_else_speaks_against_is_not_said_and_still_counts_in_the_family() -> None:
+    own = Evidence(uses=LOW, knows=HIGH, complement=LOW)
+    (only,) = claims(1, {"rgb": replace(own, denied={Statement.redundant})})
+    assert (only.statement, only.level) == (Statement.unused, level_of(1) / 4)
+    assert said(own) == {Statement.unused, Statement.redundant}
+
+
 def test_a_claim_carries_its_bounds_beyond_the_margin() -> None:
     own = Evidence(uses=LOW, knows=HIGH, complement=figure(0.0, 0.002), change=figure(-0.2), choices=3)
     found = {claim.statement: claim for claim in claims(2, {"rgb": own})}

@@ -302,10 +302,10 @@ def test_streams_that_cannot_be_exchanged_in_their_features_say_so_and_can_in_th
     val = loader(data(40, 1, *names))
     found = monitor.evaluate(val)
     assert found.notes == (
-        "depth: it has no module of its own, so its input is not exchanged; say where its input lies in the batch, "
-        "e.g. swap={'depth': 'input_ids'}",
+        "depth: it has no module of its own, so its input is not exchanged; say where its input lies in the batch: "
+        "swap={'depth': <its key or position>}",
         "audio: its encoder reads other streams' features, so exchanging its own would exchange theirs too; say where "
-        "its input lies in the batch, e.g. swap={'audio': 'pixel_values'}",
+        "its input lies in the batch: swap={'audio': <its key or position>}",
     )
     assert not found.replayed
     assert {key for key in found if key.endswith("_uses")} == {"rgb_val_uses"}
@@ -480,12 +480,33 @@ def test_a_figure_of_ones_own_gets_a_paired_bootstrap_over_those_who_met() -> No
     )
 
 
+PER_ITEM = "score must give one loss per item"
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         ({"group": "clip"}, "group must be integers [items], or 'batch' for one group a batch, got 'clip'"),
         ({"group": torch.zeros(8)}, "group must be integers, got torch.float32"),
         ({"group": torch.zeros(7).long()}, "score must give one group per item, shape [8], got shape (7,)"),
+        ({"group": [0] * 8}, "score must give one group per item, as a tensor, got a list"),
+        (
+            {"loss": torch.tensor(1.0)},
+            f"{PER_ITEM}, shape [items], got shape (); of a loss function use reduction='none'",
+        ),
+        ({"loss": 1.0}, f"{PER_ITEM}, as a tensor, got a float"),
+        ({"loss": np.ones(8)}, f"{PER_ITEM}, as a tensor, got a ndarray"),
+        ({"f1": 0.5}, "score must give one f1 per item, as a tensor, got a float"),
+        ({"weight": 2}, "score must give one weight per item, as a tensor, got a int"),
+        ({"weight": -torch.ones(8)}, "weights must not be negative, and finite, got -1.0"),
+        ({"weight": torch.full((8,), math.nan)}, "weights must not be negative, and finite, got nan"),
+        ({"present": torch.ones(8)}, "present must be a mapping of streams to masks [items], got a Tensor"),
+        ({"target": ["a"] * 8}, "target must be a tensor [items] or [items, outputs], got a list"),
+        ({"target": torch.tensor(1)}, "score must give one target per item, 8 in all, got a number"),
+        (
+            {"prediction": torch.ones(8, 3)},
+            "prediction must have the shape of target, (8,), got (8, 3); of logits give the class, logits.argmax(1)",
+        ),
         ({"weight": torch.ones(8, 1)}, "score must give one weight per item, shape [8], got shape (8, 1)"),
         ({"present": {"rgb": torch.ones(3)}}, "score must give one present['rgb'] per item, shape [8], got shape (3,)"),
         ({"target": torch.ones(9)}, "score must give one target per item, 8 in all, got 9"),
@@ -498,6 +519,14 @@ def test_a_score_that_is_not_one_value_an_item_is_refused(more: Mapping[str, Any
             loader(data(8, 1, "rgb", "depth")), lambda net, batch: scored(net, batch, **more)
         )
     assert str(caught.value) == message
+
+
+def test_a_score_is_a_mapping_and_knows_its_streams() -> None:
+    monitor, val = watched(Net("rgb", "depth")), loader(data(8, 1, "rgb", "depth"))
+    with pytest.raises(ValueError, match=r"score must return a mapping, e\.g\. \{'loss': loss\}, got a Tensor"):
+        monitor.evaluate(val, lambda net, batch: scored(net, batch)["loss"])  # type: ignore[arg-type,return-value]
+    with pytest.raises(KeyError, match="no stream 'audio'; streams: rgb, depth"):
+        monitor.evaluate(val, lambda net, batch: scored(net, batch, present={"audio": torch.ones(8)}))
 
 
 # Budget -----------------------------------------------------------------------------------------------------------
@@ -608,6 +637,7 @@ def test_the_past_keeps_the_best_by_item() -> None:
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     assert good_past.best["rgb"] == pytest.approx(stats.items.alone["rgb"][order].tolist(), rel=1e-5, abs=1e-9)
     assert Past(**asdict(good_past)) == good_past
+    assert good_past.knew == {name: stats.alone[name].score.value for name in ("rgb", "depth")}
     assert good is net
 
 
@@ -735,6 +765,30 @@ def test_a_stream_is_unused_or_redundant_only_where_the_model_has_learned(statem
     assert evaluated.findings(evaluation(said, depth_val_uses=(0.5, 0.39)), 0) == []
     assert evaluated.findings(evaluation(said, depth_val_uses=(0.01, 0.005)), 0) == []
     assert len(evaluated.findings(evaluation(said, depth_val_uses=(0.5, 0.37)), 0)) == 1
+
+
+def test_where_no_other_streams_use_is_known_what_its_mean_costs_or_a_word_of_caution_stands_in() -> None:
+    found = evaluation(claim(Statement.unused, uses=0.0007), depth_val_ablated=(0.5, 0.1))
+    without = {key: value for key, value in found.estimates.items() if key != "depth_val_uses"}
+    (finding,) = evaluated.findings(replace(found, estimates=without), 700)
+    assert (finding.severity, str(finding)) == (Severity.warning, f"⚠️  the model does not use rgb: {USES}")
+    del without["depth_val_ablated"]
+    (finding,) = evaluated.findings(replace(found, estimates=without), 700)
+    assert (finding.severity, str(finding)) == (
+        Severity.info,
+        f"the model does not use rgb: {USES}; what it uses else is not measured, so it may not have learned anything "
+        "yet",
+    )
+    without["depth_val_ablated"] = Estimate(0.0, -0.1, 0.1, 400, 400)
+    assert evaluated.findings(replace(found, estimates=without), 700) == []
+
+
+def test_of_values_the_mean_stands_where_classes_have_a_majority() -> None:
+    said = [claim(Statement.knows_nothing), claim(Statement.regressed, change=-0.04), claim(Statement.redundant)]
+    for one in said:
+        (finding,) = evaluated.findings(replace(evaluation(one), classes=False), 700)
+        assert "25.0 % of the variance [20.0, 30.0]" in finding
+        assert "the mean" in finding and "majority" not in finding
 
 
 @pytest.mark.parametrize("more", [(), (Statement.complementary,)])

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from scipy import stats
-from statsmodels.regression.linear_model import WLS
+from statsmodels.regression.linear_model import OLS, WLS
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 from torch import Tensor
@@ -22,6 +22,7 @@ from ddp_streammon.collective import Collective
 from ddp_streammon.evaluation.intervals import (
     Estimate,
     RatioSums,
+    bounds,
     detectable,
     difference,
     mean_sums,
@@ -209,11 +210,11 @@ def reduced(collective: Collective, bounds: Sequence[int]) -> Estimate:
 def groups_of_two_to_four() -> list[Estimate]:
     """What this rank finds in the groups of the first two to four ranks that it is in."""
     found = []
-    for bounds in ([0, 4, 30], [0, 0, 29, 30], [0, 10, 10, 11, 30]):
-        world = len(bounds) - 1
+    for edges in ([0, 4, 30], [0, 0, 29, 30], [0, 10, 10, 11, 30]):
+        world = len(edges) - 1
         group = dist.new_group(list(range(world)))
         if dist.get_rank() < world:
-            found.append(reduced(Collective(group), bounds))
+            found.append(reduced(Collective(group), edges))
     return found
 
 
@@ -253,8 +254,9 @@ def test_what_cannot_be_summed_is_refused() -> None:
         ratio_sums(torch.ones(3), torch.ones(2))
     with pytest.raises(ValueError, match=r"one shape \[items\], got \[\(1, 2\), \(1, 2\)\]"):
         ratio_sums(torch.ones(1, 2), torch.ones(1, 2))
-    with pytest.raises(ValueError, match="weights must not be negative, got -1"):
-        mean_sums(torch.ones(2), torch.tensor([1.0, -1.0]))
+    for bad in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"weights must not be negative, and finite, got {bad}"):
+            mean_sums(torch.ones(2), torch.tensor([1.0, bad]))
 
 
 def covers(estimates: Sequence[Estimate], truth: float) -> float:
@@ -287,6 +289,43 @@ def test_no_disagreement_at_all_is_not_certainty() -> None:
     sure = ratio(mean_sums(torch.ones(5)), unit_range=True)
     assert (sure.value, sure.high) == (1, 1)
     assert sure.low > -1
+
+
+@pytest.mark.parametrize(("correlated", "widest"), [(0.0, 0.03), (0.3, 0.16)])
+def test_shares_of_items_in_groups_cover_the_truth_and_are_no_wider_than_that_needs(
+    correlated: float, widest: float
+) -> None:
+    """32 batches of 32 items, 95 % right. Groups that count as one item each would make it 0.18 either way."""
+    rng = np.random.default_rng(8)
+    place, estimates = torch.arange(32).repeat_interleave(32), []
+    for _ in range(600):
+        much = (1 - correlated) / max(correlated, 1e-9)
+        chance = rng.beta(0.95 * much, 0.05 * much, 32)
+        right = torch.from_numpy((rng.random((32, 32)) < chance[:, None]).astype(float)).reshape(-1)
+        estimates.append(ratio(mean_sums(right, None, place), unit_range=True, least=0.0))
+    intervals = [bounds(estimate) for estimate in estimates]
+    assert np.mean([low <= 0.95 <= high for low, high in intervals]) == pytest.approx(0.95, abs=0.03)
+    assert np.mean([high - low for low, high in intervals]) < widest
+    assert all(0 <= low < high <= 1 for low, high in intervals)
+
+
+def test_a_share_of_many_groups_is_as_sure_as_statsmodels() -> None:
+    rng = np.random.default_rng(9)
+    place = np.repeat(np.arange(200), 16)
+    right = (rng.random(3200) < rng.beta(8, 2, 200)[place]).astype(float)
+    found = ratio(mean_sums(torch.from_numpy(right), None, torch.from_numpy(place)), unit_range=True, least=0.0)
+    fitted = OLS(right, np.ones(3200)).fit(cov_type="cluster", cov_kwds={"groups": place}, use_t=True)
+    assert found.high - found.low == pytest.approx(float(np.diff(fitted.conf_int()[0])[0]), rel=0.03)
+
+
+def test_groups_are_worth_what_their_items_are_apart() -> None:
+    place = torch.arange(64) // 8
+    alike = mean_sums((place % 2).double(), None, place)
+    assert alike.worth() == pytest.approx(8)
+    apart = mean_sums((torch.arange(64) % 2).double(), None, place)
+    assert apart.worth() == 64  # never more than the items
+    assert mean_sums((torch.arange(64) % 2).double()).worth() == pytest.approx(64)
+    assert mean_sums(torch.ones(64), None, place).worth() == 8
 
 
 def test_one_sided_bounds_allow_for_skewness() -> None:

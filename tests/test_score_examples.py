@@ -123,14 +123,17 @@ def caption_loader() -> DataLoader[Any]:
     ids = classes(ITEMS, 7, count=29) + 1
     ids[::3, 5:] = 0  # padding
     pixels, document = normal(ITEMS, 3, 8, 8), torch.arange(ITEMS) // 2
-    items = [{"pixel_values": p, "input_ids": i, "document": d} for p, i, d in zip(pixels, ids, document, strict=True)]
+    items = [
+        {"pixel_values": p, "input_ids": i, "labels": i.clone(), "document": d}  # labels stay when input_ids change
+        for p, i, d in zip(pixels, ids, document, strict=True)
+    ]
     return DataLoader(items, 16)
 
 
 def caption_score(model, batch):
-    ids = batch["input_ids"]
-    loss = F.cross_entropy(model(batch["pixel_values"], ids).transpose(1, 2), ids, ignore_index=0, reduction="none")
-    tokens = (ids != 0).sum(1)
+    labels, logits = batch["labels"], model(batch["pixel_values"], batch["input_ids"])
+    loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=0, reduction="none")
+    tokens = (labels != 0).sum(1)
     return {"loss": loss.sum(1) / tokens, "weight": tokens, "group": batch["document"]}
 
 

@@ -92,6 +92,7 @@ class Evidence:
     is how many earlier evaluations `then` was picked from (1: step 0; k: the best of k), which its p value pays for.
     `memory`: half (`WORTH`) of what its use is worth on training items less what it is worth on held-out ones. Of the
     whole model, `rise`: the held-out loss now less its best (`choices` as above), `gap`: held-out less training loss.
+    `denied`: statements that something else measured speaks against; they are not made.
     """
 
     uses: Figure | None = None
@@ -102,6 +103,7 @@ class Evidence:
     rise: Figure | None = None
     gap: Figure | None = None
     choices: int = 1
+    denied: Collection[Statement] = ()
 
     def __post_init__(self) -> None:
         if self.choices < 1:
@@ -193,7 +195,7 @@ def claims(
 
 
 def _tests(own: Evidence) -> dict[Statement, float]:
-    """One-sided p values of the statements that can be tested."""
+    """One-sided p values of the statements that can be tested; 1 of what is denied."""
     tests = {}
     if own.uses:
         tests[Statement.unused] = own.uses.p_below(own.uses.margin)
@@ -209,7 +211,7 @@ def _tests(own: Evidence) -> dict[Statement, float]:
         tests[Statement.overfitting] = max(min(own.choices * own.rise.p_above(), 1.0), own.gap.p_above())
     if own.change:
         tests[Statement.regressed] = min(own.choices * own.change.p_below(-own.change.margin), 1.0)
-    return tests
+    return {statement: 1.0 if statement in own.denied else p for statement, p in tests.items()}
 
 
 def _bounds(own: Evidence, statement: Statement, alpha: float) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ddp_streammon import keys
@@ -24,6 +24,7 @@ from ddp_streammon.streams import StreamSet
 
 ITEMS = 512
 """How many items are tried with exchanged inputs."""
+VARIANCE = "% of the variance"
 LEAST = 64
 """Items below which nothing could be said."""
 
@@ -74,6 +75,8 @@ class Evaluation(Mapping[str, float]):
     replayed: bool
     """Whether every encoder was spared a second run."""
     past: Past
+    classes: bool = True
+    """Whether what is known was probed of classes, or of values (their variance)."""
 
     def __getitem__(self, key: str) -> float:
         return self.figures[key]
@@ -83,6 +86,16 @@ class Evaluation(Mapping[str, float]):
 
     def __len__(self) -> int:
         return len(self.figures)
+
+    @property
+    def constant(self) -> str:
+        """What a probe is compared with, in words."""
+        return "the majority class" if self.classes else "the mean"
+
+    @property
+    def share(self) -> str:
+        """The unit of what a probe knows, in words."""
+        return "pp" if self.classes else VARIANCE
 
     def __str__(self) -> str:
         return "\n".join([*_sentences(self), *(f"note: {note}" for note in self.notes)])
@@ -120,8 +133,9 @@ def evaluate(
     table = found.tables[split]
     clear = tuple(name for name in usable if name in request.swap or name not in found.readers)
     estimates = readings.whole(table, split) | readings.uses(table, clear, split)
-    evidence = {name: of_use(table, estimates, name, split) for name in clear}
+    evidence = {name: of_use(table, estimates, name, split, clear) for name in clear}
     notes = _notes(streams, usable, clear, seen, alone=bool(clear) and not table.exchanged)
+    notes += _notes_of_items(table, clear, found.moved)
     known: Knowledge | None = None
     if seen is not None and request.train is not None and held_out is not None:
         estimates |= readings.whole(seen.table, readings.TRAIN) | readings.ablated(table, seen.averaged, split)
@@ -155,6 +169,7 @@ def evaluate(
         found.seconds,
         found.replayed,
         remembered(past, known, table, stated),
+        known is None or known.classes,
     )
 
 
@@ -188,13 +203,12 @@ def _notes(
     notes = []
     for name in streams.user_names:
         if name not in usable:
-            why, where = "it has no module of its own, so its input is not exchanged", "input_ids"
+            why = "it has no module of its own, so its input is not exchanged"
         elif name not in clear:
             why = "its encoder reads other streams' features, so exchanging its own would exchange theirs too"
-            where = "pixel_values"
         else:
             continue
-        notes.append(f"{name}: {why}; say where its input lies in the batch, e.g. swap={{{name!r}: {where!r}}}")
+        notes.append(f"{name}: {why}; say where its input lies in the batch: swap={{{name!r}: <its key or position>}}")
     if seen is not None:
         notes += [
             f"{name}: its features have another shape in another batch, so they have no mean to be ablated by"
@@ -206,32 +220,62 @@ def _notes(
     return notes
 
 
+def _notes_of_items(table: Table, streams: Sequence[str], moved: Collection[str]) -> list[str]:
+    """What is odd about the items' losses."""
+    notes = [
+        f"{name}: exchanging its input changes the items' weights or targets too, so what it costs is not of the same "
+        "targets; let the score read them from a part of the batch that is not exchanged ('labels' of their own)"
+        for name in streams
+        if name in moved
+    ]
+    if len(table) and not bool((table.weight > 0).any()):
+        notes.append("every item has weight 0, so nothing is measured")
+    losses = table.figures.get((keys.FULL, readings.LOSS), table.weight)
+    wrong = int((~losses.isfinite() & (table.weight > 0)).sum())
+    if wrong:
+        notes.append(f"the loss of {wrong} of {len(table)} items is not finite, so no mean over them is")
+    if readings.moves_with_its_input(table, streams):
+        notes.append(
+            "exchanging every stream only changes the items' places: the loss compares the streams with each other (or "
+            "reads its target from what is exchanged), so Shapley values are 0 and no pair covers for itself"
+        )
+    return notes
+
+
 # In words ---------------------------------------------------------------------------------------------------------
 
 
 def _sentences(found: Evaluation) -> Iterator[str]:
     """What was measured of each stream, then what may be said."""
+    loss = "nats" if keys.of_stream(keys.FULL, f"{found.split}_{keys.shown(readings.CORRECT)}") in found else "of loss"
     for name in found.streams:
         parts = [
             _phrase(found.estimates.get(keys.of_stream(name, key)), text, unit)
             for key, text, unit in (
-                (f"{found.split}_{keys.USES}", "exchanging its input costs", "of loss"),
+                (f"{found.split}_{keys.USES}", "exchanging its input costs", loss),
                 (f"{found.split}_{keys.USES}_acc", "and of accuracy", "pp"),
-                (keys.KNOWS, "its features know, beyond the majority class,", "pp"),
-                (keys.COMPLEMENT, "and what the others do not,", "pp"),
+                (keys.KNOWS, f"its features know, beyond {found.constant},", found.share),
+                (keys.COMPLEMENT, "and what the others do not,", found.share),
             )
         ]
         told = [part for part in parts if part]
         if told:
             yield f"{name}: {', '.join(told)} (95 % intervals, {found.tried} items)"
     for claim in found.claims:
-        yield f"{claim.stream}: {claim.statement.value} (at this look's level {claim.level:.2g})"
+        yield f"{claim.stream}: {claim.statement.value} ({_why(claim)}at this look's level {claim.level:.2g})"
+
+
+def _why(claim: Claim) -> str:
+    """Of what cannot be told: why, or what would be."""
+    told = [f"{name}: {why}; " for name, why in claim.unusable.items()]
+    told += [f"{name} is seen from {value:.2g} beyond its margin on; " for name, value in claim.detectable.items()]
+    return "".join(told)
 
 
 def _phrase(estimate: Estimate | None, text: str, unit: str) -> str:
     if estimate is None or math.isnan(estimate.value):
         return ""
-    scale, digits = (100, 1) if unit == "pp" else (1, 3)
+    scale, digits = (100, 1) if unit in ("pp", VARIANCE) else (1, 3)
     low, high = bounds(estimate)
     shown = f"{scale * estimate.value:.{digits}f} {unit} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
     return f"{text} {shown}"

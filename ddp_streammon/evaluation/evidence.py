@@ -17,6 +17,7 @@ from ddp_streammon.evaluation.claims import (
     Claim,
     Evidence,
     Figure,
+    Statement,
     margin,
 )
 from ddp_streammon.evaluation.intervals import Estimate, difference, scaled
@@ -36,12 +37,24 @@ class Past:
     """What stands since the last look: streams and statements."""
     accuracy: float | None = None
     """Of the whole model where its loss was best; None where it is not scored."""
+    knew: Mapping[str, float] = field(default_factory=dict)
+    """The accuracy (or R^2) of each stream's probe at its best."""
 
 
-def of_use(table: Table, estimates: Mapping[str, Estimate], name: str, split: str) -> Evidence:
+def of_use(table: Table, estimates: Mapping[str, Estimate], name: str, split: str, streams: Sequence[str]) -> Evidence:
+    """Of stream `name`, one of `streams`."""
     least = margin(table.value(keys.FULL, readings.LOSS), share=False)
     uses = estimates.get(keys.of_stream(name, f"{split}_{keys.USES}"))
-    return Evidence(uses=Figure(uses, least) if uses is not None and least > 0 else None)
+    denied = {Statement.redundant} if _needs_the_others(estimates, name, split, streams) else ()
+    return Evidence(uses=Figure(uses, least) if uses is not None and least > 0 else None, denied=denied)
+
+
+def _needs_the_others(estimates: Mapping[str, Estimate], name: str, split: str, streams: Sequence[str]) -> bool:
+    """Whether every other stream loses its worth with this one, so that none stands in for it: the two towers of a
+    contrastive loss, whatever a probe of either knows of the target."""
+    with_it = [keys.cover(a, b, split) for a, b in keys.pairs(streams) if name in (a, b)]
+    covers = [estimates[key] for key in with_it if key in estimates]
+    return bool(covers) and all(estimate.high < 0 for estimate in covers)
 
 
 def of_probe(own: Evidence, known: Knowledge, past: Past, name: str) -> Evidence:
@@ -58,12 +71,14 @@ def of_probe(own: Evidence, known: Knowledge, past: Past, name: str) -> Evidence
     if len(stats.alone) > 1:
         share = max(least, COMPLEMENT_MARGIN * stats.everything.explained.value)  # the least where that is nan
         complement = Figure(stats.explained_complement[name], share, stats.complement[name])
+    as_good = stats.alone[name].score.value > past.knew.get(name, math.inf) - least
     return replace(
         own,
         knows=Figure(stats.alone[name].explained, least, stats.alone[name].advantage),
         complement=complement,
         change=None if change is None else Figure(change, least),
         choices=max(past.count, 1),
+        denied={*own.denied, Statement.regressed} if as_good else own.denied,
     )
 
 
@@ -96,12 +111,14 @@ def remembered(past: Past, known: Knowledge | None, table: Table, stated: Sequen
     now = {keys.FULL: -table.figures[keys.FULL, readings.LOSS][table.tried]}
     if known is not None and known.stats is not None:
         now |= known.stats.items.alone
-    best, accuracy = dict(past.best), past.accuracy
+    best, accuracy, knew = dict(past.best), past.accuracy, dict(past.knew)
     for name, scores in now.items():
         then = best.get(name, [])
         if not bool(scores.isnan().any()) and (len(then) != len(scores) or float(scores.sum()) > math.fsum(then)):
             best[name] = scores.tolist()
+            if known is not None and known.stats is not None and name in known.stats.alone:
+                knew[name] = known.stats.alone[name].score.value
             if name == keys.FULL and table.has(keys.FULL, readings.CORRECT):
                 accuracy = table.value(keys.FULL, readings.CORRECT)
     claimed = past.claimed if stated is None else [(claim.stream, claim.statement.value) for claim in stated]
-    return Past(past.count + 1, best, claimed, accuracy)
+    return Past(past.count + 1, best, claimed, accuracy, knew)

@@ -15,7 +15,8 @@ from ddp_streammon.evaluation.intervals import Estimate, RatioSums, ratio, ratio
 
 Swap: TypeAlias = "Mapping[str, str | int | Sequence[str | int]]"
 """By stream: where its input lies in a batch. Keys of a mapping, positions in a tuple, attributes of any other object,
-with dots for what is nested (`inputs.pixel_values`, `0.1`)."""
+with dots for what is nested (`inputs.pixel_values`, `0.1`). Nothing that the score reads its target from: a language
+model's `input_ids`, if its `labels` lie elsewhere."""
 
 
 def partners(eligible: Tensor, groups: Tensor | None = None) -> Tensor:
@@ -126,7 +127,7 @@ def exchanged_mean(
         for of in (y, w)
     )
     at_both = ratio_sums(y[mixed], w[mixed])
-    touching = ratio_sums(touching_y, touching_w)
+    touching, alone = ratio_sums(touching_y, touching_w), ratio_sums(totals, weights)
     total_y, total_w = float(y.sum()), float(w.sum())
     squares = RatioSums(
         float((weights != 0).sum()),
@@ -134,6 +135,7 @@ def exchanged_mean(
         total_y,
         total_w,
         *(getattr(touching, name) - getattr(at_both, name) for name in ("yy", "yw", "ww", "yyy", "yyw", "yww", "www")),
+        *(getattr(alone, name) for name in ("own_yy", "own_yw", "own_ww")),
     )
     dyadic = ratio(squares, level, unit_range=unit_range)
     return max(dyadic, plain, key=lambda estimate: estimate.high - estimate.low)

@@ -26,6 +26,7 @@ class Estimate:
     standard error (exact for `ratio`, an approximation for Wilson and Newcombe) and allow for `skew`, the skewness of
     the figure's error, which the interval does not: where few items carry a mean, a draw without them is low and looks
     sure. Hall's transformation (J. R. Stat. Soc. B 54, 1992, 221) makes t' = ((1 + a t / 3)^3 - 1) / a + a / 6 of t.
+    No bound leaves the figure's range, `least` to `most`.
     """
 
     value: float
@@ -36,14 +37,18 @@ class Estimate:
     dof: float = math.inf
     level: float = 0.95
     skew: float = 0.0
+    least: float = -math.inf
+    most: float = math.inf
 
     def lower(self, alpha: float) -> float:
         """The one-sided lower bound that is above the truth with probability `alpha`."""
-        return self.value - self._error(self.value - self.low) * _from_hall(self._quantile(1 - alpha), self.skew)
+        bound = self.value - self._error(self.value - self.low) * _from_hall(self._quantile(1 - alpha), self.skew)
+        return max(bound, self.least)
 
     def upper(self, alpha: float) -> float:
         """The one-sided upper bound that is below the truth with probability `alpha`."""
-        return self.value - self._error(self.high - self.value) * _from_hall(self._quantile(alpha), self.skew)
+        bound = self.value - self._error(self.high - self.value) * _from_hall(self._quantile(alpha), self.skew)
+        return min(bound, self.most)
 
     def p_above(self, margin: float) -> float:
         """One-sided p value against "the truth is `margin` or less"; 1 where the figure is undetermined."""
@@ -74,12 +79,14 @@ class Estimate:
 
 def negated(estimate: Estimate) -> Estimate:
     """The same of minus the figure."""
-    return replace(estimate, value=-estimate.value, low=-estimate.high, high=-estimate.low, skew=-estimate.skew)
+    low, high, least, most = -estimate.high, -estimate.low, -estimate.most, -estimate.least
+    return replace(estimate, value=-estimate.value, low=low, high=high, skew=-estimate.skew, least=least, most=most)
 
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:
     """The same of a positive multiple of the figure."""
-    return replace(estimate, value=factor * estimate.value, low=factor * estimate.low, high=factor * estimate.high)
+    changed = {name: factor * getattr(estimate, name) for name in ("value", "low", "high", "least", "most")}
+    return replace(estimate, **changed)
 
 
 def bounds(estimate: Estimate) -> tuple[float, float]:
@@ -162,8 +169,9 @@ def _square_and_add(first: Estimate, second: Estimate, correlation: float, items
 @dataclass(frozen=True)
 class RatioSums:
     """What the interval of a ratio needs, added up over groups: how many items and groups there were, and with y and w
-    a group's totals the sums of y, w, y^2, y w, w^2 and of the four products of three. `+` and a SUM over ranks merge
-    two sets of groups, so all items of a group must have gone into one of them; the identity is `RatioSums()`.
+    a group's totals the sums of y, w, y^2, y w, w^2 and of the four products of three; and `own_...`, the sums of y^2,
+    y w and w^2 of single items. `+` and a SUM over ranks merge two sets of groups, so all items of a group must have
+    gone into one of them; the identity is `RatioSums()`.
     """
 
     items: float = 0.0
@@ -177,15 +185,32 @@ class RatioSums:
     yyw: float = 0.0
     yww: float = 0.0
     www: float = 0.0
+    own_yy: float = 0.0
+    own_yw: float = 0.0
+    own_ww: float = 0.0
 
-    CELLS = 11
+    CELLS = 14
 
     def __add__(self, other: RatioSums) -> RatioSums:
         return RatioSums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def cells(self) -> Tensor:
-        """For a packet. Shape: [11] float64."""
+        """For a packet. Shape: [14] float64."""
         return torch.tensor(astuple(self), dtype=torch.float64)
+
+    def worth(self) -> float:
+        """How many independent items the groups are worth: the items over their design effect, the groups' squares over
+        the items' own (Kish, Survey Sampling, 1965, 5.4); as many as the groups where all items agree."""
+        value = self.y / self.w
+        own = self.own_yy - 2 * value * self.own_yw + value**2 * self.own_ww
+        together = self.yy - 2 * value * self.yw + value**2 * self.ww
+        if own <= _SAME * (self.own_yy + value**2 * self.own_ww):
+            return self.groups
+        return self.items if together <= own else max(self.items * own / together, self.groups)
+
+
+_SAME = 1e-14
+"""Squares below this share of what they are the difference of are rounding."""
 
 
 def ratio_sums(numerators: Tensor, denominators: Tensor, groups: Tensor | None = None) -> RatioSums:
@@ -205,12 +230,13 @@ def ratio_sums(numerators: Tensor, denominators: Tensor, groups: Tensor | None =
     counted = (y != 0) | (w != 0)
     y, w = y[counted], w[counted]
     items = len(y)
+    squares = (y * y, y * w, w * w)
     if groups is not None:
         _, place = torch.unique(groups.detach().cpu()[counted], return_inverse=True)
         count = int(place.max()) + 1 if items else 0
         y = torch.zeros(count, dtype=torch.float64).index_add_(0, place, y)
         w = torch.zeros(count, dtype=torch.float64).index_add_(0, place, w)
-    products = (y, w, y * y, y * w, w * w, y**3, y * y * w, y * w * w, w**3)
+    products = (y, w, y * y, y * w, w * w, y**3, y * y * w, y * w * w, w**3, *squares)
     sums = torch.stack([product.sum() for product in products]).tolist()
     return RatioSums(items, len(y), *sums)
 
@@ -222,21 +248,24 @@ def mean_sums(values: Tensor, weights: Tensor | None = None, groups: Tensor | No
     """
     if weights is None:
         weights = torch.ones_like(values, dtype=torch.float64)
-    if bool((weights < 0).any()):
-        raise ValueError(f"weights must not be negative, got {float(weights.min())}")
+    wrong = weights[~((weights >= 0) & (weights < math.inf))]
+    if len(wrong):
+        raise ValueError(f"weights must not be negative, and finite, got {float(wrong[0])}")
     weights = weights.double()
     return ratio_sums(torch.where(weights > 0, values.double() * weights, 0.0), weights, groups)
 
 
-def ratio(sums: RatioSums, level: float = 0.95, *, unit_range: bool = False) -> Estimate:
+def ratio(sums: RatioSums, level: float = 0.95, *, unit_range: bool = False, least: float = -1.0) -> Estimate:
     """The ratio estimator with its linearised variance, G / (G - 1) * sum of (y - R w)^2 / (sum of w)^2 for G groups.
 
     The quantile is t's with G - 1 degrees of freedom (Cochran, Sampling Techniques, 3rd ed., 6.3 and 6.4; the clustered
     error of Liang and Zeger, Biometrika 73, 1986, 13). One group has infinite bounds; nan stays nan.
 
-    `unit_range` says that each item's value lies in [-1, 1] (correct or not, or the difference of two of those). The
-    interval is then that of the items with one more group of value 1 and one of -1, each of average weight: Bonett and
-    Price (J. Educ. Behav. Stat. 37, 2012, 479), so that no disagreement at all is not taken for certainty.
+    `unit_range` says that each item's value lies in [`least`, 1]: the difference of two that are correct or not, or,
+    with `least=0`, one of those. The interval is then that of the items with one more group of value 1 and one of value
+    `least`: Bonett and Price (J. Educ. Behav. Stat. 37, 2012, 479), so that no disagreement at all is not taken for
+    certainty. Each weighs what an independent item does (`RatioSums.worth`): 32 images of one batch that have nothing
+    to do with each other are not one.
 
     Rounding: a deviation below 1e-7 of the value cannot be told from none.
     """
@@ -246,9 +275,10 @@ def ratio(sums: RatioSums, level: float = 0.95, *, unit_range: bool = False) -> 
         edge = math.inf if groups and math.isfinite(value) else math.nan
         return Estimate(value, -edge, edge, round(sums.items), round(groups), max(dof, 0), level)
     if unit_range:
-        extra = sums.w / groups
-        square, cube = 2 * extra**2, 2 * extra**3
-        sums += RatioSums(0, 2, 0, 2 * extra, square, 0, square, 0, cube, 0, cube)
+        extra = sums.w / sums.worth()
+        first, second, third = (extra**power * (1 + least**power) for power in (1, 2, 3))
+        of_w = (extra**2 * (1 + least), 2 * extra**2), (extra**3 * (1 + least**2), extra**3 * (1 + least), 2 * extra**3)
+        sums += RatioSums(0, 2, first, 2 * extra, second, *of_w[0], third, *of_w[1])
     centre = sums.y / sums.w
     squares = max(sums.yy - 2 * centre * sums.yw + centre**2 * sums.ww, 0.0)
     cubes = sums.yyy - 3 * centre * sums.yyw + 3 * centre**2 * sums.yww - centre**3 * sums.www
@@ -256,8 +286,11 @@ def ratio(sums: RatioSums, level: float = 0.95, *, unit_range: bool = False) -> 
     half = t_quantile(_two_sided(level), dof) * math.sqrt(squares * sums.groups / (sums.groups - 1)) / abs(sums.w)
     low, high = centre - half, centre + half
     if unit_range:
-        low, high = max(low, -1.0), min(high, 1.0)
-    return Estimate(value, min(low, value), max(high, value), round(sums.items), round(groups), dof, level, skew)
+        low, high = max(low, least), min(high, 1.0)
+    within = (least, 1.0) if unit_range else (-math.inf, math.inf)
+    return Estimate(
+        value, min(low, value), max(high, value), round(sums.items), round(groups), dof, level, skew, *within
+    )
 
 
 # How many items ---------------------------------------------------------------------------------------------------

@@ -29,7 +29,9 @@ def pooled(feature: Tensor) -> Tensor:
     """
     if feature.dim() == 3:
         feature = feature.mean(1)
-    return feature.flatten(2).mean(2).float() if feature.dim() > 2 else feature.reshape(len(feature), -1).float()
+    if feature.dim() > 2:
+        feature = feature.flatten(2).mean(2)
+    return (feature if feature.dim() == 2 else feature.unsqueeze(1)).float()
 
 
 @dataclass
@@ -176,6 +178,9 @@ def probed(train: Store, held_out: Store, streams: Sequence[str], collective: Co
     if limit < len(streams):
         return Knowledge(None, f"{items} training items are fewer than {ITEMS_PER_COLUMN} for each stream")
     size = max(outputs for *_, outputs, _, _, _ in speaking)
-    probe = Probe({name: found[name].pop() for name in streams}, max(size, 2) if classes else size, classes, limit)
+    try:
+        probe = Probe({name: found[name].pop() for name in streams}, max(size, 2) if classes else size, classes, limit)
+    except ValueError as too_large:
+        return Knowledge(None, str(too_large))
     own, other = (store.labelled(probe.widths, probe.outputs, classes) for store in (train, held_out))
     return Knowledge(probe_streams(probe, collective, own, other), classes=classes)

@@ -41,7 +41,8 @@ class EvalStats:
     """What was found of each split, equal on every rank; `scalars` are weighted means of the caller's own numbers.
 
     `readers` are streams whose encoders read other streams' features, `replayed` says whether every encoder was spared
-    a second run; `seconds` is what the variants took on the slowest rank.
+    a second run; `seconds` is what the variants took on the slowest rank. `moved` are streams whose exchange in the
+    batch took the items' weights or targets along.
     """
 
     tables: Mapping[str, Table]
@@ -49,6 +50,7 @@ class EvalStats:
     readers: frozenset[str] = frozenset()
     replayed: bool = True
     seconds: float = 0.0
+    moved: frozenset[str] = frozenset()
 
     def means(self, split: str) -> dict[str, dict[str, float]]:
         """The weighted mean of each figure, by variant."""
@@ -128,6 +130,7 @@ def measure(
         frozenset().union(*(told.readers for told in everyone)),
         all(told.replayed for told in everyone),
         max(told.seconds for told in everyone),
+        frozenset().union(*(told.moved for told in everyone)),
     )
 
 
@@ -149,6 +152,7 @@ class _Pass:
         self._features: Features | None = None
         self._read: dict[str, tuple[int, str]] = {}
         self._seconds = 0.0
+        self._moved: set[str] = set()
         self.rows: dict[str, Rows] = {}
 
     def run(self, splits: Mapping[str, Items]) -> None:
@@ -187,6 +191,7 @@ class _Pass:
             frozenset(self._features.readers),
             self._features.replayed,
             self._seconds,
+            frozenset(self._moved),
         )
 
     def _shared_out(self, split: str, items: Items) -> Share:
@@ -221,6 +226,9 @@ class _Pass:
                 if found is not None and wanted and place is not None:
                     columns |= figures_of(name, found)
                     note_records(rows, name, place, found)
+                    alone = [stream for stream in variant if [stream] == list(variant) and stream in plan.swap]
+                    if alone and whole is not None and not rows.batches and _took_along(whole, found):
+                        self._moved.update(alone)
                     if exchange.met is not None:
                         columns["met", name] = exchange.met
             self._seconds += self._now() - began
@@ -239,9 +247,18 @@ class _Pass:
             for name, how in (variant or {}).items():
                 if how is Replacement.exchange and name in self._plan.swap and order is not None:
                     given = exchanged(given, self._plan.swap[name], order)
-            return scored(self._score, self._streams.model, given)
+            found = scored(self._score, self._streams.model, given)
+            for name in found.present:
+                self._streams[name]
+            return found
 
         return self._pace.attempt(run, batch)
+
+
+def _took_along(whole: Scored, found: Scored) -> bool:
+    """Whether the items have another weight or target than before. Sync: one read from the device."""
+    pairs = ((whole.weight, found.weight), (whole.target, found.target))
+    return any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs)
 
 
 @dataclass(frozen=True)

@@ -330,7 +330,7 @@ _MODEL, _RIGHT, _EXPLAINED, _BASE = "model", "right", "explained", "base"
 def _score(sums: RatioSums, level: float, classes: bool) -> Estimate:
     if classes and sums.groups == sums.items and math.isfinite(sums.y):
         return wilson(round(sums.y), round(sums.items), level)
-    return ratio(sums, level)
+    return ratio(sums, level, unit_range=classes, least=0.0)
 
 
 def _scores(probe: Probe, fits: Mapping[tuple[str, ...], Fit], held_out: Labelled) -> dict[Any, Tensor]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, TypeAlias
 
+import torch
+
 from ddp_streammon import keys
 from ddp_streammon.evaluation.ablate import Replacement, Variant
 from ddp_streammon.evaluation.intervals import Estimate, bounds, negated, paired_bootstrap
@@ -19,6 +21,8 @@ Reduce: TypeAlias = "Callable[[Sequence[Any]], float]"
 LOSS, CORRECT, TRAIN = "loss", "correct", "train"
 _MOST_PAIRS, MOST_COALITIONS = 4, 3
 """Streams up to which pairs and all coalitions are tried."""
+_SAME = 1e-3
+"""Of a loss: what another order of the items changes by rounding."""
 
 
 def _name(how: Replacement, replaced: Sequence[str]) -> str:
@@ -99,6 +103,18 @@ def uses(table: Table, streams: Sequence[str], split: str) -> dict[str, Estimate
                 key = keys.of_stream(name, _called(figure, f"{split}_{keys.SHAPLEY}"))
                 found[key] = table.contrast(part, tried, streams, unit_range=share(figure))
     return found
+
+
+def moves_with_its_input(table: Table, streams: Sequence[str]) -> bool:
+    """Whether each item has its partner's loss when all streams are exchanged: as if its place alone had changed."""
+    everything = _name(Replacement.exchange, streams)
+    if len(streams) < 2 or not table.has(everything, LOSS):
+        return False
+    partner = table.partner[everything]
+    rows = table.tried & (partner != torch.arange(len(partner)))
+    found, expected = table.figures[everything, LOSS][rows], table.figures[keys.FULL, LOSS][partner][rows]
+    same = (found - expected).abs() <= _SAME * (1 + expected.abs())
+    return bool(len(found)) and bool(same.all())
 
 
 def ablated(table: Table, streams: Sequence[str], split: str) -> dict[str, Estimate]:

@@ -65,6 +65,7 @@ class Told:
     readers: frozenset[str] = frozenset()
     replayed: bool = True
     seconds: float = 0.0
+    moved: frozenset[str] = frozenset()
 
 
 def columns_of(whole: Scored, place: int) -> dict[Column, Tensor]:

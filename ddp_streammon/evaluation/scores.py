@@ -50,31 +50,60 @@ class Scored:
 
 def scored(score: Score, model: nn.Module, batch: object) -> Scored:
     """Run `score` on a batch. Errors: ValueError for what is not one value an item, with its name and shape."""
-    given = dict(score(model, batch))
+    returned = score(model, batch)
+    if not isinstance(returned, Mapping):
+        raise ValueError(f"score must return a mapping, e.g. {{'loss': loss}}, got {_kind(returned)}")
+    given = dict(returned)
     if "loss" not in given:
         raise ValueError(f"score must give 'loss' per item, got {', '.join(map(repr, given)) or 'nothing'}")
     special = {name: given.pop(name, None) for name in _SPECIAL}
-    count = len(given["loss"]) if given["loss"].dim() == 1 else None
-    group, present, record = special["group"], special["present"] or {}, special["record"]
-    named = given | {name: special[name] for name in ("weight",) if special[name] is not None}
+    loss, group = given["loss"], special["group"]
+    present = {} if special["present"] is None else special["present"]
     if isinstance(group, str) and group != BATCH:
         raise ValueError(f"group must be integers [items], or {BATCH!r} for one group a batch, got {group!r}")
-    if isinstance(group, Tensor):
-        if group.is_floating_point():
-            raise ValueError(f"group must be integers, got {group.dtype}")
-        named["group"] = group
-    for name, values in {**named, **{f"present[{stream!r}]": mask for stream, mask in present.items()}}.items():
-        if values.dim() != 1 or len(values) != count:
-            raise ValueError(
-                f"score must give one {name} per item, shape [{'items' if count is None else count}], "
-                f"got shape {tuple(values.shape)}"
-            )
+    if not isinstance(present, Mapping):
+        raise ValueError(f"present must be a mapping of streams to masks [items], got {_kind(present)}")
+    masks = {f"present[{stream!r}]": mask for stream, mask in present.items()}
+    named = given | {name: special[name] for name in ("weight", "group") if not isinstance(special[name], str | None)}
+    count = len(loss) if isinstance(loss, Tensor) and loss.dim() == 1 else None
+    for name, values in {**named, **masks}.items():
+        _check_items(name, values, count)
+    for name in ("target", "prediction"):
+        if special[name] is not None and not isinstance(special[name], Tensor):
+            raise ValueError(f"{name} must be a tensor [items] or [items, outputs], got {_kind(special[name])}")
+    target, prediction = special["target"], special["prediction"]
     for name in ("target", "prediction", "record"):
-        if special[name] is not None and len(special[name]) != count:
-            raise ValueError(f"score must give one {name} per item, {count} in all, got {len(special[name])}")
+        value = special[name]
+        found = None if value is None else len(value) if not isinstance(value, Tensor) or value.dim() else "a number"
+        if found not in (None, count):
+            raise ValueError(f"score must give one {name} per item, {count} in all, got {found}")
+    if target is not None and prediction is not None and prediction[0:1].numel() != target[0:1].numel():
+        raise ValueError(
+            f"prediction must have the shape of target, {tuple(target.shape)}, got {tuple(prediction.shape)}; "
+            "of logits give the class, logits.argmax(1)"
+        )
+    if isinstance(group, Tensor) and (group.is_floating_point() or group.is_complex()):
+        raise ValueError(f"group must be integers, got {group.dtype}")
     figures = {name: values.detach().double() for name, values in given.items()}
     weight = torch.ones_like(figures["loss"]) if special["weight"] is None else special["weight"].detach().double()
-    return Scored(figures, weight, group, present, special["target"], special["prediction"], record)
+    weight, there = weight.to(loss.device), {stream: mask.to(loss.device) for stream, mask in present.items()}
+    return Scored(figures, weight, group, there, target, prediction, special["record"])
+
+
+def _check_items(name: str, values: object, count: int | None) -> None:
+    """ValueError for what is not one number an item; `count` is None where the loss is not."""
+    if not isinstance(values, Tensor):
+        raise ValueError(f"score must give one {name} per item, as a tensor, got {_kind(values)}")
+    if values.dim() != 1 or len(values) != count:
+        remedy = "; of a loss function use reduction='none'" if name == "loss" and not values.dim() else ""
+        raise ValueError(
+            f"score must give one {name} per item, shape [{'items' if count is None else count}], "
+            f"got shape {tuple(values.shape)}{remedy}"
+        )
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:

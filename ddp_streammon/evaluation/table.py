@@ -65,7 +65,7 @@ class Table:
         groups = None if self.groups is None else self.groups[rows]
         if share and groups is None and bool((weights == 1).all()):
             return wilson(float(values.sum()), len(values), level)
-        return ratio(mean_sums(values, weights, groups), level, unit_range=share)
+        return ratio(mean_sums(values, weights, groups), level, unit_range=share, least=0.0)
 
     def rise(self, variant: str, figure: str, streams: Sequence[str], *, level: float = LEVEL) -> Estimate:
         """How much higher the figure is under the variant, by item; see `contrast`."""

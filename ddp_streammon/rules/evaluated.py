@@ -49,22 +49,31 @@ def findings(found: Evaluation, step: int) -> list[Finding]:
     """The claims of a look as sentences, see `SAYS`; good news, or that nothing can be told, is none. Pure.
 
     In the first `EARLY` steps of a training UNUSED and IGNORED are information: of two streams that both will be used,
-    a deeper one, or one that thaws later, is used later. Without any step the model came trained.
+    a deeper one, or one that thaws later, is used later. Without any step the model came trained. Where what the others
+    are worth is not measured, nobody knows whether the model has learned: that is said, and UNUSED is information.
     """
     said: dict[str, dict[Statement, Claim]] = {}
     for claim in found.claims:
         said.setdefault(claim.stream, {})[claim.statement] = claim
-    learned = any(_is_used(found, name) for name in found.streams)
+    worth = {name: _worth(found, name) for name in found.streams}
+    least = LEARNED * margin(found[keys.of_stream(keys.FULL, f"{found.split}_{LOSS}")], share=False)
+    learned: bool | None = any(estimate is not None and estimate.low > least for estimate in worth.values())
+    if not learned and None in worth.values():
+        learned = None
     return [finding for name, claims in said.items() for finding in _of_stream(found, name, claims, learned, step)]
 
 
-def _is_used(found: Evaluation, name: str) -> bool:
-    uses = found.estimates.get(keys.of_stream(name, f"{found.split}_{keys.USES}"))
-    loss = found[keys.of_stream(keys.FULL, f"{found.split}_{LOSS}")]
-    return uses is not None and uses.low > LEARNED * margin(loss, share=False)
+def _worth(found: Evaluation, name: str) -> Estimate | None:
+    """What the stream is worth to the model: its use, or, where that is not measured, what its features' mean costs."""
+    return found.estimates.get(
+        keys.of_stream(name, f"{found.split}_{keys.USES}"),
+        found.estimates.get(keys.of_stream(name, f"{found.split}_{keys.ABLATED}")),
+    )
 
 
-def _of_stream(found: Evaluation, name: str, claims: dict[Statement, Claim], learned: bool, step: int) -> list[Finding]:
+def _of_stream(
+    found: Evaluation, name: str, claims: dict[Statement, Claim], learned: bool | None, step: int
+) -> list[Finding]:
     said = []
     whom = None if name == keys.FULL else name
 
@@ -76,8 +85,11 @@ def _of_stream(found: Evaluation, name: str, claims: dict[Statement, Claim], lea
         said.append(Finding(sentence, rule=rule, severity=severity, stream=whom, step=step, evidence=evidence))
 
     uses = _shown(found, keys.of_stream(name, f"{found.split}_{keys.USES}"), "", 1, 4)
-    knows = _shown(found, keys.of_stream(name, keys.KNOWS), " pp", 100, 1)
-    complement = _shown(found, keys.of_stream(name, keys.COMPLEMENT), " pp", 100, 1)
+    knows = _shown(found, keys.of_stream(name, keys.KNOWS), f" {found.share}", 100, 1)
+    complement = _shown(found, keys.of_stream(name, keys.COMPLEMENT), f" {found.share}", 100, 1)
+    if Statement.unused in claims and learned is None:
+        text = "what it uses else is not measured, so it may not have learned anything yet"
+        add(UNUSED, Statement.unused, f"the model does not use {name}: {_cost(uses)}; {text}")
     if Statement.unused in claims and learned:
         if Statement.complementary in claims:
             text = f"although its features add {complement} to what the others know: the head ignores it"
@@ -88,14 +100,14 @@ def _of_stream(found: Evaluation, name: str, claims: dict[Statement, Claim], lea
         add(
             REDUNDANT,
             Statement.redundant,
-            f"{name} is redundant: its features know {knows} beyond the majority class, but add {complement} to what "
+            f"{name} is redundant: its features know {knows} beyond {found.constant}, but add {complement} to what "
             "the others know; do nothing",
         )
     if Statement.knows_nothing in claims:
         add(
             KNOWS_NOTHING,
             Statement.knows_nothing,
-            f"⚠️  {name} knows nothing of the target: a probe of its features is {knows} above the majority class; "
+            f"⚠️  {name} knows nothing of the target: a probe of its features is {knows} above {found.constant}; "
             "check that its samples belong to the labels, and that its input is not constant",
         )
     if Statement.regressed in claims:
@@ -104,7 +116,7 @@ def _of_stream(found: Evaluation, name: str, claims: dict[Statement, Claim], lea
             Statement.regressed,
             f"⚠️  {name} knows less than it did: a probe of its features explains at least "
             f"{-100 * claims[Statement.regressed].bounds['change']:.1f} % of the target's variance less than at its "
-            f"best, and is now {knows} above the majority class",
+            f"best, and is now {knows} above {found.constant}",
         )
     if Statement.memorised in claims:
         trained = _shown(found, keys.of_stream(name, f"{TRAIN}_{keys.USES}"), "", 1, 3)
