@@ -14,7 +14,7 @@ from ddp_streammon import keys
 from ddp_streammon.config import Severity
 from ddp_streammon.ranks import LocalNorms, RankFacts, StreamInput
 from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
-from ddp_streammon.rules.of_training import few
+from ddp_streammon.rules.signals import few
 from ddp_streammon.rules.view import View
 from ddp_streammon.stats import StepStats
 

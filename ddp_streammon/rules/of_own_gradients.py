@@ -13,7 +13,7 @@ from ddp_streammon import keys
 from ddp_streammon.ranks import LocalNorms
 from ddp_streammon.rules.engine import Kind, Rule, Signal
 from ddp_streammon.rules.of_ranks import BOTH
-from ddp_streammon.rules.of_training import few
+from ddp_streammon.rules.signals import few
 from ddp_streammon.rules.view import View
 
 WINDOW = 40

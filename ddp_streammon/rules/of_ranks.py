@@ -16,7 +16,7 @@ from ddp_streammon.ranks import RankFacts, outvoted
 from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
 from ddp_streammon.rules.finding import Action
 from ddp_streammon.rules.of_inputs import alone, odd_one
-from ddp_streammon.rules.of_training import few, single
+from ddp_streammon.rules.signals import few, single
 from ddp_streammon.rules.view import WINDOW, View
 from ddp_streammon.stats import StepStats
 

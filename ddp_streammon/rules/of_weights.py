@@ -11,9 +11,8 @@ from ddp_streammon import keys
 from ddp_streammon.config import Severity
 from ddp_streammon.rules.engine import QUIET, Signal
 from ddp_streammon.rules.finding import Action
-from ddp_streammon.rules.of_training import moved_share
 from ddp_streammon.rules.view import View
-from ddp_streammon.rules.windows import UNTESTED, Windowed, in_words, scaled, update, weight
+from ddp_streammon.rules.windows import UNTESTED, Windowed, in_words, moved_share, scaled, update, weight
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,12 @@ def missed(view: View, stream: str, count: int) -> bool:
     )
 
 
+def moved_share(step: StepStats, stream: str) -> float:
+    """The share of a stream's sampled weights that changed; nan where it is not known."""
+    sample = step.streams[stream].sample
+    return math.nan if sample is None else sample.moved
+
+
 def weight(step: StepStats, stream: str) -> float:
     sample = step.streams[stream].sample
     return math.nan if sample is None else sample.weight
