@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_streammon import StreamMonitor
+from ddp_streammon import MonitorConfig, StreamMonitor
 from ddp_streammon.ranks import RankDetail
 from ddp_streammon.sampled import LAYER
 from ddp_streammon.sinks import MemorySink
@@ -58,7 +58,14 @@ def _figures_of(tensor: Tensor) -> dict[str, float]:
     }
 
 
-def _job() -> tuple[list[StepStats], list[dict[str, Any]]]:
+def _root_mean_square(gradient: Tensor | None) -> float:
+    """Of what is read of a layer's gradient, what is not finite taken for zero."""
+    assert gradient is not None
+    read = gradient.reshape(-1)[:LAYER].double()
+    return torch.where(read.isfinite(), read, 0.0).square().mean().sqrt().item()
+
+
+def _job(every: int) -> tuple[list[StepStats], list[dict[str, Any]]]:
     """What rank 0's sink was told, and what is true here, step by step."""
     inner = network()
     here = torch.distributed.is_initialized()
@@ -67,7 +74,7 @@ def _job() -> tuple[list[StepStats], list[dict[str, Any]]]:
     streams = _of_streams(inner)
     optimizer = torch.optim.SGD([{"params": own, "lr": RATE[name]} for name, own in streams.items()], momentum=0.9)
     sink = MemorySink()
-    monitor = StreamMonitor(model, optimizer, streams=STREAMS, sinks=[sink])
+    monitor = StreamMonitor(model, optimizer, streams=STREAMS, sinks=[sink], config=MonitorConfig(every=every))
     true, before = [], {name: _whole(own) for name, own in streams.items()}
     for step in range(1, BROKEN + 1):
         given = _inputs(rank, world, step)
@@ -83,7 +90,7 @@ def _job() -> tuple[list[StepStats], list[dict[str, Any]]]:
                 "weight": {name: own.norm().item() for name, own in now.items()},
                 "moved": {name: (own - before[name]).norm().item() for name, own in now.items()},
                 "share": {name: (own != before[name]).double().mean().item() for name, own in now.items()},
-                "ends": [k.grad.reshape(-1)[:LAYER].double().square().mean().sqrt().item() for k in kernels],  # type: ignore[union-attr]
+                "ends": [_root_mean_square(kernel.grad) for kernel in kernels],
                 "inputs": [_figures_of(x) for x in given[:-1]],
             }
         )
@@ -97,24 +104,25 @@ def _job() -> tuple[list[StepStats], list[dict[str, Any]]]:
 
 
 @functools.cache
-def jobs(world: int) -> tuple[list[StepStats], list[list[dict[str, Any]]]]:
-    """The steps as rank 0 saw them; and of each rank what is true."""
-    found = [_job()] if world == 1 else run_ranks(world, _job)
+def jobs(world: int, every: int = 1) -> tuple[list[StepStats], list[list[dict[str, Any]]]]:
+    """The steps as rank 0 saw them; and of each rank what is true, step by step."""
+    found = [_job(every)] if world == 1 else run_ranks(world, _job, every)
     return found[0][0], [true for _, true in found]
 
 
-WORLDS = pytest.mark.parametrize("world", [1, 2, 3])
+JOBS = pytest.mark.parametrize(("world", "every"), [(1, 1), (2, 1), (3, 1), (2, 2)])
 
 
 def close(value: float) -> Any:
     return pytest.approx(value, rel=1e-5, abs=1e-7, nan_ok=True)
 
 
-@WORLDS
-def test_samples_of_weights_say_how_they_move(world: int) -> None:
-    steps, true = jobs(world)
-    assert len(steps) == BROKEN
-    for step, at_rank_0 in zip(steps, true[0], strict=True):
+@JOBS
+def test_samples_of_weights_say_how_they_move(world: int, every: int) -> None:
+    steps, true = jobs(world, every)
+    assert [step.step for step in steps] == list(range(1, BROKEN + 1, every))
+    for step in steps:
+        at_rank_0 = true[0][step.step - 1]
         for name, stream in step.streams.items():
             assert stream.sample is not None
             assert stream.sample.weight == close(at_rank_0["weight"][name])
@@ -129,31 +137,32 @@ def test_samples_of_weights_say_how_they_move(world: int) -> None:
                 assert facts.detail.base_lr[number] == RATE[name]
 
 
-@WORLDS
-def test_samples_of_gradients_are_of_the_first_and_the_last_layer(world: int) -> None:
-    steps, true = jobs(world)
-    for step, at_rank_0 in zip(steps[: BROKEN - 1], true[0][: BROKEN - 1], strict=True):
+@JOBS
+def test_samples_of_gradients_are_of_the_first_and_the_last_layer(world: int, every: int) -> None:
+    steps, true = jobs(world, every)
+    for step in steps:
+        at_rank_0 = true[0][step.step - 1]
         samples = {name: stream.sample for name, stream in step.streams.items()}
         assert [samples["rgb"].first, samples["rgb"].last] == [close(end) for end in at_rank_0["ends"]]  # type: ignore[union-attr]
         for name in ("depth", "shared"):  # one layer each
             assert math.isnan(samples[name].first) and math.isnan(samples[name].last)  # type: ignore[union-attr]
 
 
-@WORLDS
-def test_what_is_trained_and_left_standing_is_counted(world: int) -> None:
-    steps, _ = jobs(world)
+@JOBS
+def test_what_is_trained_and_left_standing_is_counted(world: int, every: int) -> None:
+    steps, _ = jobs(world, every)
     counts = {"rgb": 4, "depth": 2, "shared": 2}
     for step in steps:
         for name, stream in step.streams.items():
             sample = stream.sample
             assert sample is not None
             assert (sample.trainable, sample.optimized) == (counts[name], counts[name])
-            assert sample.uncleared == (world if step.step == UNCLEARED else 0)
+            assert sample.uncleared == (world if UNCLEARED in range(step.step, step.step - every, -1) else 0)
 
 
-@WORLDS
-def test_ranks_say_their_own_loss_and_inputs(world: int) -> None:
-    steps, true = jobs(world)
+@JOBS
+def test_ranks_say_their_own_loss_and_inputs(world: int, every: int) -> None:
+    steps, true = jobs(world, every)
     for step in steps:
         assert [facts.rank for facts in step.rank_facts] == list(range(world))
         for facts in step.rank_facts:
@@ -171,10 +180,11 @@ def test_ranks_say_their_own_loss_and_inputs(world: int) -> None:
             assert detail.inputs[2].calls == 0
 
 
-@WORLDS
-def test_several_forwards_of_a_step_add_up(world: int) -> None:
-    steps, _ = jobs(world)
-    for facts in steps[TWICE - 1].rank_facts:
+@JOBS
+def test_several_forwards_of_a_step_add_up(world: int, every: int) -> None:
+    steps, _ = jobs(world, every)
+    (twice,) = (step for step in steps if step.step == TWICE)
+    for facts in twice.rank_facts:
         assert facts.detail is not None
         pairs = zip(_inputs(facts.rank, world, TWICE), _inputs(facts.rank, world, TWICE + 100), strict=True)
         for number, (last, first) in enumerate(list(pairs)[:-1]):
