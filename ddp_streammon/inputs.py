@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
@@ -42,6 +43,7 @@ class Inputs:
         self._calls = [0] * len(self._seen)
         self._root_saw: tuple[Hashable, Tensor] = (None, self._seen[0])
         """Where the last root's batch lies that was looked at in its forward, and what was added for it."""
+        self._warned = False
         self._hooks: list[RemovableHandle] = []
         self.watched = tuple(bool(stream.roots) for stream in streams.streams)
         """For each stream whether it has a module whose inputs can be seen."""
@@ -60,7 +62,6 @@ class Inputs:
         """A forward begins."""
         tensor = next((value for value in (*args, *kwargs.values()) if _can_be_read(value)), None)
         if tensor is not None:
-            self._calls[number] += 1
             self._read_held(number)
             batch = local(tensor.detach())
             later = not batch.is_inference()  # such a tensor does not say whether it was changed in place
@@ -69,6 +70,17 @@ class Inputs:
                 self._look(number, batch)
             else:
                 self._held[number] = (batch, batch._version, place)
+            self._calls[number] += 1
+
+    def leave_out(self, error: Exception) -> None:
+        """A forward whose inputs cannot be read, one of `torch.func`'s transforms of the model, say."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a forward's inputs could not be looked at ({type(error).__name__}: {error}): it is left out of what "
+                "rules about inputs see, other forwards are not",
+                stacklevel=2,
+            )
 
     def _look(self, number: int, batch: Tensor) -> None:
         """Now. A first layer that sees the very input of its root is not looked at for itself."""
@@ -151,11 +163,14 @@ class _Seen:
         self._place = place
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return
         inputs = self._inputs()
         if inputs is not None and inputs.wanted():
-            inputs.saw(self._place, args, kwargs)
+            try:
+                inputs.saw(self._place, args, kwargs)
+            except Exception as error:  # it must not end the forward that it looks at
+                inputs.leave_out(error)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the model has a callable without effect."""

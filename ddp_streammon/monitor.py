@@ -134,7 +134,7 @@ class StreamMonitor(Joinable):
         self._past: dict[str, Past] = {}
         self._pace_of_trials = 0.0
         self._findings: dict[str, Finding] = {}
-        self._closed = False
+        self._closed = self._changed = False
         self._sink = FanOut(sinks if self._collective.topology.rank == 0 else ())
         sizes = {s.name: sum(item.parameter.numel() for item in s.parameters) for s in self.streams.streams}
         described = {**(run or {}), "monitor": asdict(self.config), "parameters": sizes}
@@ -561,6 +561,8 @@ class StreamMonitor(Joinable):
     def _arrive(self, pending: Measurement) -> None:
         """A measured step enters History and the sinks."""
         step = pending.read()
+        if pending.audit:
+            self._warn_of_changes()
         if pending.shadow:
             self.epoch = step.epoch
         self._noise.append(noise.steps_of(step))
@@ -574,7 +576,22 @@ class StreamMonitor(Joinable):
     def _worded(self, findings: Iterable[Finding]) -> list[Finding]:
         return [finding.worded(self._wording) for finding in findings]
 
+    def _warn_of_changes(self) -> None:
+        """Say once that the model has other parameters than it had."""
+        if self._changed or self._meter.shards_parameters:  # FSDP2 puts others in their place for a forward
+            return
+        new, gone = self.streams.changes()
+        self._changed = bool(new or gone)
+        if self._changed:
+            warnings.warn(
+                "the model's parameters are not those that it had when the monitor was built, which go on being "
+                f"watched: new {_few(new)}, gone {_few(gone)}. Close this monitor and build another one after such a "
+                "change; its load_state_dict takes over this one's state_dict",
+                stacklevel=4,
+            )
+
     def _record_epoch(self, values: Mapping[str, float]) -> None:
+        self._warn_of_changes()
         self.flush()
         values = {**values, **self._noise_figures()}
         self.history.append(self.calls, self.epoch, values)
@@ -620,6 +637,10 @@ class StreamMonitor(Joinable):
         """What a step of a rank without data looks like to the others."""
         self._steps.shadow()
         self._bring_in(self._steps.due())
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join([*names[:4], *(["..."] if len(names) > 4 else [])]) or "none"
 
 
 def _optimizers(model: nn.Module, given: Optimizers) -> tuple[torch.optim.Optimizer, ...]:

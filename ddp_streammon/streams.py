@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from ddp_streammon import keys
 
@@ -141,7 +142,8 @@ class StreamSet:
         `stream1` found in the parameter names; the top-level children with more than 1 % of the parameters.
 
         Errors: ValueError for a pattern that matches nothing, a module that is not in the model, a stream
-        without parameters, two streams with equal claims to a parameter, names that keys cannot carry, and FSDP1.
+        without parameters, two streams with equal claims to a parameter, names that keys cannot carry, FSDP1, and
+        parameters without a shape yet.
         """
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
             raise ValueError(
@@ -153,6 +155,11 @@ class StreamSet:
             aliases.setdefault(parameter, []).append(path)
         if not aliases:
             raise ValueError(f"the model ({type(model).__name__}) has no parameters: there is nothing to monitor")
+        lazy = [_dotted(paths[0]) for parameter, paths in aliases.items() if is_lazy(parameter)]
+        if lazy:
+            raise ValueError(
+                f"{lazy[0]} has no shape yet (a lazy module): run one batch through the model, then build the monitor"
+            )
         if streams is not None:
             claims, names, inputs = _claims_of_specs(model, aliases, streams)
         else:
@@ -160,6 +167,13 @@ class StreamSet:
             inputs = {}
         owner = {parameter: _winner(claims.get(parameter, []), aliases[parameter]) for parameter in aliases}
         return cls(unwrap(model), tuple(_build(model, aliases, owner, names, inputs)))
+
+    def changes(self) -> tuple[list[str], list[str]]:
+        """The names of the parameters that the model has now and had not when it was resolved; and of those it had."""
+        known = {item.parameter: item.name for stream in self.streams for item in stream.parameters}
+        present = {parameter: path for path, parameter in _named_parameters(self.model)}
+        new = [_dotted(path) for parameter, path in present.items() if parameter not in known]
+        return new, [name for parameter, name in known.items() if parameter not in present]
 
     def inventory(self, optimizers: Sequence[torch.optim.Optimizer] = ()) -> str:
         """A table: stream, tensors, parameters, of which trainable, learning rate, weight decay, dtype."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_streammon import MonitorConfig, StreamMonitor
@@ -206,3 +207,32 @@ def test_equal_weights_and_batches_have_equal_numbers_and_others_have_not(world:
     assert len(seen) == BROKEN * world
     numbers = {facts.detail.weights for step in steps for facts in step.rank_facts if facts.detail is not None}
     assert len(numbers) == BROKEN
+
+
+def test_forwards_that_are_transformed_or_traced_go_through_and_are_left_out(recwarn: pytest.WarningsRecorder) -> None:
+    inner, sink = network(), MemorySink()
+    monitor = StreamMonitor(inner, streams=STREAMS, sinks=[sink])
+    rgb, depth, target = batch()
+
+    def loss(weights: dict[str, Tensor], rgb: Tensor, depth: Tensor, target: Tensor) -> Tensor:
+        logits = functional_call(inner, weights, (rgb[None], depth[None]))
+        return nn.functional.cross_entropy(logits, target[None])
+
+    of_each = vmap(grad(loss), in_dims=(None, 0, 0, 0))(dict(inner.named_parameters()), rgb, depth, target)
+    loss_of(inner, (rgb, depth, target)).backward()
+    torch.export.export(inner, (rgb, depth))
+    torch.jit.trace(inner, (rgb, depth), check_trace=False)
+    monitor.step(loss=1.0)
+    monitor.close()
+    for name, parameter in inner.named_parameters():
+        torch.testing.assert_close(of_each[name].mean(0), parameter.grad)
+    stats = sink.reports[0].stats
+    assert stats is not None
+    detail = stats.rank_facts[0].detail
+    assert detail is not None
+    for seen, expected in zip(detail.inputs, (_figures_of(rgb), _figures_of(depth)), strict=False):
+        assert seen.calls == 1
+        assert {key: getattr(seen, key) for key in expected} == {key: close(value) for key, value in expected.items()}
+    (told,) = [str(one.message) for one in recwarn if one.category is UserWarning]
+    assert "a forward's inputs could not be looked at (RuntimeError: " in told
+    assert told.endswith("it is left out of what rules about inputs see, other forwards are not")

@@ -33,6 +33,46 @@ def test_a_stream_of_zero_weights_has_no_update_ratio_and_breaks_nothing() -> No
     assert figures["body_update_norm"] == 0
 
 
+def test_parameters_that_come_and_go_later_are_told_once_and_another_monitor_goes_on() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = StreamMonitor(model, optimizer, STREAMS)
+
+    def train(monitor: StreamMonitor) -> dict[str, float]:
+        model.zero_grad()
+        optimizer.zero_grad()
+        loss_of(model, batch()).backward()
+        return monitor.step(loss=1.0).to_dict()
+
+    train(monitor)
+    monitor.log_metrics(1, {})  # nothing to say
+    model.rgb[3] = nn.Linear(96, 95)
+    norm = train(monitor)["rgb_grad_norm"]
+    assert norm == pytest.approx(float(model.rgb[0].weight.grad.norm().hypot(model.rgb[0].bias.grad.norm())))
+    said = "new rgb.3.weight, rgb.3.bias, gone rgb.3.weight, rgb.3.bias. Close this monitor and build another one"
+    with pytest.warns(UserWarning, match=said):
+        monitor.log_metrics(2, {})
+    monitor.log_metrics(3, {})  # once
+    monitor.close()
+    follower = StreamMonitor(model, optimizer, STREAMS)
+    follower.load_state_dict(monitor.state_dict())
+    norm = train(follower)["rgb_grad_norm"]
+    assert norm == pytest.approx(float(torch.stack([p.grad.norm() for p in model.rgb.parameters()]).norm()))
+    assert follower.calls == 3
+    follower.log_metrics(4, {})
+
+
+def test_in_a_loop_of_steps_alone_an_audit_tells_of_other_parameters() -> None:
+    model = network()
+    monitor = StreamMonitor(model, streams=STREAMS, config=MonitorConfig(audit_every=3))
+    with pytest.warns(UserWarning, match="new rgb.new.weight, gone none"):
+        for step in range(6):
+            if step == 1:
+                model.rgb.add_module("new", nn.Linear(95, 95, bias=False))
+            loss_of(model, batch()).backward()
+            monitor.step(loss=1.0)
+
+
 def test_optimizers_of_which_some_are_unscaled_are_refused() -> None:
     model = network()
     optimizers = [torch.optim.SGD(model.rgb.parameters(), 0.1), torch.optim.SGD(model.depth.parameters(), 0.1)]

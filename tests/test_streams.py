@@ -189,6 +189,11 @@ def test_what_cannot_be_resolved_is_an_error(spec: dict[str, Any], message: str)
 
 
 def test_a_model_without_parameters_is_an_error() -> None:
+    lazy = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
+    with pytest.raises(
+        ValueError, match=r"1.weight has no shape yet \(a lazy module\): run one batch through the model"
+    ):
+        StreamSet.resolve(lazy)
     with pytest.raises(ValueError, match=r"the model \(ReLU\) has no parameters: there is nothing to monitor"):
         StreamSet.resolve(nn.ReLU())
 
