@@ -208,7 +208,7 @@ class StreamMonitor(Joinable):
 
         Comm: one all_reduce(SUM) on a monitored step; at the first call also an all_gather_object of the names.
         Sync: none but for the sum of call n - `delay`, so that the host runs at most so many steps ahead; reading the
-        result waits.
+        result waits. Errors: ValueError for what is no number, by name; KeyError for a stream that is not there.
         """
         begun = time.perf_counter()
         Join.notify_join_context(self)
@@ -218,6 +218,8 @@ class StreamMonitor(Joinable):
         numbers["samples"] = None if samples is None else Total(samples)
         for name, mask in (present or {}).items():
             self.streams[name]
+            if not isinstance(mask, Tensor):
+                raise ValueError(f"present[{name!r}] must be a mask [samples] in a tensor, got {mask!r}")
             numbers[keys.of_stream(name, keys.PRESENT)] = (mask.sum(), float(mask.numel()))
         figures = self._step(numbers, samples, scaler)
         self._spent += time.perf_counter() - begun

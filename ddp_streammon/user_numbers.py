@@ -34,9 +34,12 @@ def user_numbers(
 ) -> Numbers:
     """A rank's numbers in the order of `names`.
 
-    Comm: none. Sync: none where `device` is not the CPU (there numbers of another device are read)."""
-    weight: float | Tensor = 1.0 if samples is None else samples
-    rows = [_row(values.get(name), weight) for name in names]
+    Comm: none. Sync: none where `device` is not the CPU (there numbers of another device are read). Errors: ValueError
+    for what is no number, by name."""
+    weight = 1.0 if samples is None else _plain("samples", samples)
+    if not isinstance(weight, Tensor) and weight < 0:
+        raise ValueError(f"samples must be at least 0, got {samples}")
+    rows = [_row(name, values.get(name), weight) for name in names]
     cells = [cell for row in rows for cell in row]
     waiting = tuple(
         (place, cell) for place, cell in enumerate(cells) if isinstance(cell, Tensor) and cell.device.type != "cpu"
@@ -62,16 +65,25 @@ def finish_(cells: Tensor) -> Tensor:
     return (~good).sum().double()
 
 
-def _row(value: ScalarLike | None, weight: float | Tensor) -> Sequence[float | Tensor]:
+def _row(name: str, value: ScalarLike | None, weight: float | Tensor) -> Sequence[float | Tensor]:
     """(value, what it is multiplied by for the weighted sum, weight, present)."""
     if value is None:
         return _NOTHING
     if isinstance(value, Total):
-        return _plain(value.value), 1.0, 1.0, 1.0
+        return _plain(name, value.value), 1.0, 1.0, 1.0
     if isinstance(value, tuple):
-        return _plain(value[0]), 1.0, _plain(value[1]), 1.0
-    return _plain(value), _plain(weight), _plain(weight), 1.0
+        if len(value) != 2:
+            raise ValueError(f"{name} must be a number, or (sum, weight), got {value!r}")
+        return _plain(name, value[0]), 1.0, _plain(f"the weight of {name}", value[1]), 1.0
+    return _plain(name, value), weight, weight, 1.0
 
 
-def _plain(value: float | Tensor) -> float | Tensor:
-    return value.detach() if isinstance(value, Tensor) else value
+def _plain(name: str, value: float | Tensor) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}; give its mean")
+        return value.detach()
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number or a tensor of one element, got {value!r}") from None

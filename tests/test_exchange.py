@@ -271,7 +271,7 @@ def test_features_without_a_dimension_of_items_are_refused_with_the_way_out() ->
         tried(Two("no items"), Plan(variants(Replacement.exchange)))
     assert str(caught.value) == (
         "rgb: its features have no dimension of the 4 items in front, so those of stream 'rgb' cannot be exchanged; "
-        "name its inputs, e.g. swap={'rgb': 'pixel_values'}"
+        "say where its input lies in the batch: swap={'rgb': <its key or position>}"
     )
     net = Two("no items")
     found = tried(net, Plan({"rgb": {"rgb": Replacement.exchange}}, swap={"rgb": 0})).tables["val"]

@@ -62,6 +62,14 @@ def test_parameters_that_come_and_go_later_are_told_once_and_another_monitor_goe
     follower.log_metrics(4, {})
 
 
+def test_a_mask_that_is_no_tensor_is_refused() -> None:
+    monitor = StreamMonitor(network(), streams=STREAMS)
+    with pytest.raises(
+        ValueError, match=r"present\['rgb'\] must be a mask \[samples\] in a tensor, got"
+    ):
+        monitor.step(present={"rgb": [True, False]})  # type: ignore[dict-item]
+
+
 def test_in_a_loop_of_steps_alone_an_audit_tells_of_other_parameters() -> None:
     model = network()
     monitor = StreamMonitor(model, streams=STREAMS, config=MonitorConfig(audit_every=3))

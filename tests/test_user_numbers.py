@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import pytest
 import torch
 
 from ddp_streammon.stats import Total
@@ -50,3 +52,20 @@ def test_a_number_of_samples_may_be_on_the_device() -> None:
 
 def test_without_samples_every_rank_counts_once() -> None:
     assert user_numbers(("loss",), {"loss": 0.5}, None, CPU).cells == [0.5, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "samples", "said"),
+    [
+        ("high", 8, "loss must be a number or a tensor of one element, got 'high'"),
+        (torch.ones(3), 8, r"loss must be one number, got a tensor of shape \(3,\); give its mean"),
+        (Total([1]), 8, r"loss must be a number or a tensor of one element, got \[1\]"),  # type: ignore[arg-type]
+        ((1.0, 2.0, 3.0), 8, r"loss must be a number, or \(sum, weight\), got \(1.0, 2.0, 3.0\)"),
+        ((1.0, "two"), 8, "the weight of loss must be a number or a tensor of one element, got 'two'"),
+        (1.0, "eight", "samples must be a number or a tensor of one element, got 'eight'"),
+        (1.0, -8, "samples must be at least 0, got -8"),
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(value: Any, samples: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        user_numbers(("loss",), {"loss": value}, samples, CPU)

@@ -164,7 +164,8 @@ class _Encoder:
         if not _has_items(recorded, len(order)):
             raise ValueError(
                 f"{self.path}: its features have no dimension of the {len(order)} items in front, so those of stream "
-                f"{self.stream!r} cannot be exchanged; name its inputs, e.g. swap={{{self.stream!r}: 'pixel_values'}}"
+                f"{self.stream!r} cannot be exchanged; say where its input lies in the batch: "
+                f"swap={{{self.stream!r}: <its key or position>}}"
             )
         if self._by_item is None:
             self._by_item = self._features.agree(self._looks_at_items_alone(recorded))
