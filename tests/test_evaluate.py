@@ -263,12 +263,12 @@ def test_the_evaluation_in_words() -> None:
     number = r"-?\d+\.\d+"
     interval = rf"\[{number}, {number}\]"
     assert re.fullmatch(
-        rf"rgb: exchanging its input costs {number} of loss {interval}, and of accuracy {number} pp {interval}, "
+        rf"rgb: exchanging its input costs {number} nats {interval}, and of accuracy {number} pp {interval}, "
         rf"its features know, beyond the majority class, {number} pp {interval}, "
         rf"and what the others do not, {number} pp {interval} \(95 % intervals, 45 items\)",
         first,
     )
-    assert f"{found['rgb_val_uses']:.3f} of loss [{found['rgb_val_uses_low']:.3f}" in first
+    assert f"{found['rgb_val_uses']:.3f} nats [{found['rgb_val_uses_low']:.3f}" in first
 
 
 def test_a_history_and_sinks_get_every_figure() -> None:
@@ -324,6 +324,45 @@ def scored(net: nn.Module, batch: Any, **more: Any) -> dict[str, Any]:
     return {**classification()(net, batch), **more}
 
 
+class Recurrent(Net):
+    """The head reads the state of rgb's GRU, which has the items in its second dimension."""
+
+    def features(self, *inputs: Tensor) -> list[Tensor]:
+        _, state = self.rgb(inputs[0][:, None])
+        return [state[-1], self.depth(inputs[1])]
+
+
+class Packed(Recurrent):
+    """Here it reads what comes out for packed sequences, which has no dimension of the items."""
+
+    def features(self, *inputs: Tensor) -> list[Tensor]:
+        items = len(inputs[0])
+        twice = inputs[0][:, None].expand(-1, 2, -1)
+        packed, _ = self.rgb(nn.utils.rnn.pack_padded_sequence(twice, torch.full((items,), 2), batch_first=True))
+        return [packed.data[-items:], self.depth(inputs[1])]
+
+
+@pytest.mark.parametrize("kind", [Recurrent, Packed])
+def test_the_state_of_a_recurrent_encoder_is_exchanged_and_ablated_or_it_says_why_not(kind: type[Net]) -> None:
+    torch.manual_seed(0)
+    net = kind("rgb", "depth")
+    net.rgb = nn.GRU(WIDTHS["rgb"], 4, num_layers=2, batch_first=True).double()
+    val, train = data(45, 1, "rgb", "depth"), data(160, 2, "rgb", "depth")
+    swap = {"rgb": 0} if kind is Packed else {}
+    found = watched(net).evaluate(loader(val), train=loader(train), swap=swap)
+    direct = Direct(net, val, [features.mean(0) for features in net.features(*train.tensors[:-1])])
+    whole = direct.exchanged()[0]
+    check(found, "rgb_val_uses", direct.mean(direct.exchanged("rgb")[0] - whole))
+    if kind is Packed:
+        assert found.notes[0].startswith(
+            "rgb: its features have another shape in another batch, or no dimension of the"
+        )
+        assert "rgb_val_ablated" not in found
+    else:
+        assert found.replayed
+        assert found["rgb_val_ablated"] == pytest.approx((direct.at_mean("rgb")[0] - whole).mean().item(), **EXACT)
+
+
 class Ragged(Net):
     """rgb gives a loss of its own, then its features; depth one row a token, and another number of them by batch."""
 
@@ -350,7 +389,10 @@ def test_features_without_a_shape_of_their_own_have_no_mean_to_be_ablated_by() -
     net.rgb, net.depth = WithLoss(3, 4).double(), Tokens(4, 4).double()
     val, train = data(45, 1, "rgb", "depth"), data(160, 2, "rgb", "depth")
     found = watched(net).evaluate(loader(val), train=loader(train))
-    note = "depth: its features have another shape in another batch, so they have no mean to be ablated by"
+    note = (
+        "depth: its features have another shape in another batch, or no dimension of the items, so they have no mean "
+        "to be ablated by"
+    )
     assert found.notes == (note,)
     assert not any(key.startswith(("depth_val_ablated", "rgb_val_alone", "rgb_alone")) for key in found)
     assert found["depth_val_alone_loss"] != found["full_val_loss"]  # rgb at its mean

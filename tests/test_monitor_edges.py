@@ -64,9 +64,7 @@ def test_parameters_that_come_and_go_later_are_told_once_and_another_monitor_goe
 
 def test_a_mask_that_is_no_tensor_is_refused() -> None:
     monitor = StreamMonitor(network(), streams=STREAMS)
-    with pytest.raises(
-        ValueError, match=r"present\['rgb'\] must be a mask \[samples\] in a tensor, got"
-    ):
+    with pytest.raises(ValueError, match=r"present\['rgb'\] must be a mask \[samples\] in a tensor, got"):
         monitor.step(present={"rgb": [True, False]})  # type: ignore[dict-item]
 
 

@@ -31,7 +31,8 @@ Variant: TypeAlias = "Mapping[str, Replacement]"
 """What is replaced, by stream; a stream that is not named keeps its features."""
 
 Means: TypeAlias = "Mapping[tuple[str, int], Sequence[Tensor | None]]"
-"""By root and number of its call: the mean of each tensor that it gives, without the dimension of the items."""
+"""By root and number of its call: the mean of each tensor that it gives, without the dimension of the items; nothing
+where one has none."""
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -75,6 +76,25 @@ def reordered(value: Any, items: int, order: Tensor) -> Any:
             tensor.index_select(0, order.to(tensor.device)) if tensor.dim() and len(tensor) == items else tensor
         ),
     )
+
+
+def item_dim(tensor: Tensor, items: int) -> int | None:
+    """Which dimension of a feature is that of the items: the first, or else the only one of their number (the state of
+    an RNN has the items in its second)."""
+    if tensor.dim() and len(tensor) == items:
+        return 0
+    found = [dim for dim, size in enumerate(tensor.shape) if size == items]
+    return found[0] if len(found) == 1 else None
+
+
+def _in_order(features: Any, items: int, order: Tensor) -> Any:
+    """An encoder's output with its items in another order."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        dim = item_dim(tensor, items)
+        return tensor if dim is None else tensor.index_select(dim, order.to(tensor.device))
+
+    return map_tensors(features, moved)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -146,7 +166,7 @@ class _Encoder:
             kept = self._original(*args, **kwargs) if recorded is None else recorded.output
             if how is Replacement.zero:
                 return map_tensors(kept, torch.zeros_like)
-            return _expanded(kept, features.means.get((self.path, number), ()))
+            return _expanded(kept, features.means.get((self.path, number), ()), len(features.order))
         if recorded is not None and features.agree(_same((recorded.args, recorded.kwargs), (args, kwargs))):
             return map_tensors(recorded.output, Tensor.clone)
         if recorded is not None and how is Replacement.exchange:
@@ -170,18 +190,21 @@ class _Encoder:
         if self._by_item is None:
             self._by_item = self._features.agree(self._looks_at_items_alone(recorded))
         if self._by_item:
-            return reordered(recorded.output, len(order), order)
+            return _in_order(recorded.output, len(order), order)
         self._features.replayed = False
         args, kwargs = reordered((recorded.args, recorded.kwargs), len(order), order)
         return self._original(*args, **kwargs)
 
     def _looks_at_items_alone(self, recorded: _Call) -> bool:
-        """Whether an item's features do not depend on its batch, tried with a few items."""
+        """Whether an item's features do not depend on its batch, tried with a few items; not where it refuses these."""
         order = self._features.order
         few = order[: min(len(order), _FEW)]
         args, kwargs = reordered((recorded.args, recorded.kwargs), len(order), few)
-        expected = tensors_of(reordered(recorded.output, len(order), few))
-        found = tensors_of(self._original(*args, **kwargs))
+        expected = tensors_of(_in_order(recorded.output, len(order), few))
+        try:
+            found = tensors_of(self._original(*args, **kwargs))
+        except Exception:  # it takes batches of one size only, say
+            return False
         if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
             return False
         return all(
@@ -201,15 +224,15 @@ _ROUNDING = 0.02
 """Relative; bf16 kernels for another batch size differ by up to 0.01."""
 
 
-def _expanded(output: Any, means: Sequence[Tensor | None]) -> Any:
+def _expanded(output: Any, means: Sequence[Tensor | None], items: int) -> Any:
     """`output` with the means of its tensors in place of each item's own; where there is none it stays."""
     one_by_one = iter(means)
 
     def expanded(tensor: Tensor) -> Tensor:
-        mean = next(one_by_one, None)
-        if mean is None or mean.shape != tensor.shape[1:]:
+        mean, dim = next(one_by_one, None), item_dim(tensor, items)
+        if mean is None or dim is None or mean.shape != tensor.shape[:dim] + tensor.shape[dim + 1 :]:
             return tensor.clone()
-        return mean.to(tensor).expand_as(tensor).clone()
+        return mean.to(tensor).unsqueeze(dim).expand_as(tensor).clone()
 
     return map_tensors(output, expanded)
 

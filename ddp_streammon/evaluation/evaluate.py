@@ -190,10 +190,16 @@ def _seen(streams: StreamSet, collective: Collective, measured: Callable[..., Ev
     store = Store()
     table = measured(readings.TRAIN, train.first(PROBE_ITEMS), Plan({}), store).tables[readings.TRAIN]
     means = means_of(store, collective)
-    with_means = {path for (path, _), own in means.items() if any(mean is not None for mean in own)}
-    return _Seen(
-        table, store, means, tuple(name for name in streams.user_names if with_means & set(streams[name].roots))
-    )
+    found: dict[str, bool] = {}
+    for (path, _), own in means.items():
+        found[path] = found.get(path, True) and any(mean is not None for mean in own)
+
+    def has_means(name: str) -> bool:
+        called = [found[root] for root in streams[name].roots if root in found]
+        return bool(called) and all(called)
+
+    averaged = filter(has_means, streams.user_names)
+    return _Seen(table, store, means, tuple(averaged))
 
 
 def _notes(
@@ -211,7 +217,8 @@ def _notes(
         notes.append(f"{name}: {why}; say where its input lies in the batch: swap={{{name!r}: <its key or position>}}")
     if seen is not None:
         notes += [
-            f"{name}: its features have another shape in another batch, so they have no mean to be ablated by"
+            f"{name}: its features have another shape in another batch, or no dimension of the items, so they have no "
+            "mean to be ablated by"
             for name in streams.user_names
             if streams[name].roots and name not in seen.averaged
         ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddp_streammon.collective import Collective
-from ddp_streammon.evaluation.ablate import Features, Means, tensors_of
+from ddp_streammon.evaluation.ablate import Features, Means, item_dim, tensors_of
 from ddp_streammon.evaluation.items import Items
 from ddp_streammon.evaluation.probe import COLUMNS, ITEMS_PER_COLUMN, Labelled, Probe, ProbeStats, probe_streams
 from ddp_streammon.evaluation.scores import Scored
@@ -62,12 +62,9 @@ class Store:
         for encoder in features.encoders:
             for number, call in enumerate(encoder.record):
                 tensors = tensors_of(call.output)
-                by_item = [t.dim() > 0 and len(t) == found.items and t.is_floating_point() for t in tensors]
-                added = [
-                    t[rows].double().sum(0) if own else t.new_zeros(0) for t, own in zip(tensors, by_item, strict=True)
-                ]
-                self._add((encoder.path, number), added)
-                first = next((tensor for tensor, own in zip(tensors, by_item, strict=True) if own), None)
+                self._add((encoder.path, number), _sums(tensors, rows, found.items))
+                in_front = (t for t in tensors if t.dim() and len(t) == found.items and t.is_floating_point())
+                first = next(in_front, None)
                 if first is not None:
                     vectors.setdefault(encoder.stream, []).append(pooled(first[rows]))
         for name, parts in vectors.items():
@@ -85,12 +82,8 @@ class Store:
     def _add(self, call: tuple[str, int], added: list[Tensor]) -> None:
         known = self.sums.setdefault(call, added)
         if known is not added:
-            fits = len(known) == len(added)
-            self.sums[call] = (
-                [a + b if a.shape == b.shape else a.new_zeros(0) for a, b in zip(known, added, strict=True)]
-                if fits
-                else []
-            )
+            fits = [tensor.shape for tensor in known] == [tensor.shape for tensor in added]
+            self.sums[call] = [a + b for a, b in zip(known, added, strict=True)] if fits else []
 
     def labelled(self, widths: Mapping[str, int], outputs: int, classes: bool) -> Labelled:
         """This rank's items, for a probe of these widths."""
@@ -108,8 +101,23 @@ class Store:
         )
 
 
+def _sums(tensors: Sequence[Tensor], rows: Tensor, items: int) -> list[Tensor]:
+    """Of what a call gave, the sums over these of its items, empty for what is no feature; nothing at all where a
+    feature has no dimension of the items: a part of the features would be ablated, and the rest not."""
+    found = []
+    for tensor in tensors:
+        dim = item_dim(tensor, items) if tensor.is_floating_point() else None
+        if dim is not None:
+            found.append(tensor.index_select(dim, rows).double().sum(dim))
+        elif tensor.is_floating_point() and tensor.numel() > 1:
+            return []
+        else:
+            found.append(tensor.new_zeros(0))
+    return found
+
+
 def means_of(store: Store, collective: Collective) -> Means:
-    """The mean of every feature over all ranks' items; None for one whose shape differs between batches or ranks.
+    """The mean of every feature over all ranks' items; nothing of a call whose shapes differ between batches or ranks.
 
     Comm: one all_gather_object (shapes), one all_reduce(SUM). Sync: blocks.
     """
@@ -120,9 +128,7 @@ def means_of(store: Store, collective: Collective) -> Means:
     calls: dict[tuple[str, int], list[tuple[int, ...]]] = {}
     for _, count, found in everyone:
         for call, given in found.items() if count else ():
-            known = calls.setdefault(call, given)
-            fits = len(known) == len(given)
-            calls[call] = [a if a == b else _NONE for a, b in zip(known, given, strict=True)] if fits else []
+            calls[call] = given if calls.setdefault(call, given) == given else []
     total = sum(count for rank, (place, count, _) in enumerate(everyone) if first[place] == rank)
     speaks = first[place] == collective.topology.rank and store.count
     cells = [torch.zeros(0, dtype=torch.float64)]
