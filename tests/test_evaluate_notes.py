@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ddp_streammon import StreamMonitor, classification
 from ddp_streammon.evaluation import Evaluation, Statement
+from ddp_streammon.streams import StreamSpec
 from tests.ranks import run_ranks
 
 
@@ -95,6 +96,33 @@ def test_more_classes_than_a_probe_has_room_for_are_a_note() -> None:
     (note,) = found.notes
     assert note.startswith("no probe: a probe of 16 columns for 10000004 outputs takes 1221 MiB, more than 64")
     assert math.isfinite(found["rgb_val_uses"])
+
+
+def test_a_limit_that_leaves_too_few_groups_for_a_claim_says_so() -> None:
+    def score(model: nn.Module, batch: Any) -> Mapping[str, Any]:
+        return {**classification()(model, batch), "group": "batch"}
+
+    monitor = StreamMonitor(Two(), streams={"rgb": "rgb", "depth": "depth"})
+    found = monitor.evaluate(DataLoader(items(200), 8), score, limit=100)
+    assert found.notes == ("13 of 25 groups were tried, and claims need 20: raise limit, or seconds",)
+    assert monitor.evaluate(DataLoader(items(200), 8), score).notes == ()
+
+
+def test_streams_that_share_their_encoder_are_probed_of_nothing() -> None:
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = nn.Linear(6, 8), nn.Linear(16, 4)
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            logits: Tensor = self.head(torch.cat([self.encoder(left), self.encoder(right)], 1))
+            return logits
+
+    rows = DataLoader(TensorDataset(normal(96, 6), normal(96, 6, seed=1), items(96).tensors[2]), 16)
+    monitor = StreamMonitor(Siamese(), streams={side: StreamSpec(inputs=(side,)) for side in ("left", "right")})
+    found = monitor.evaluate(rows, train=rows, swap={"left": 0, "right": 1})
+    assert found.notes == ("no probe: no stream has modules of its own",)
+    assert math.isfinite(found["left_val_uses"]) and math.isfinite(found["left_to_right_val_cover"])
 
 
 # What is exchanged along --------------------------------------------------------------------------------------------

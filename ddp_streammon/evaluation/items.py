@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -99,6 +100,11 @@ class Share:
 def share(items: Items, topology: Topology) -> Share:
     """What this rank evaluates. Errors: ValueError, naming the loader, for one that cannot be shared out."""
     loader, rank, ranks, limit = items.loader, topology.data_rank, topology.data_size, items.max_batches
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise ValueError(
+            f"{items.name}: a {type(loader).__name__} gives single items, and batches are needed; pass a DataLoader over "
+            "it (batch_size=None where its items are batches)"
+        )
     if _shared_out_here(items):
         assert isinstance(loader, DataLoader)
         units = _units(loader, items)
