@@ -239,7 +239,7 @@ def _notes_of_items(table: Table, streams: Sequence[str], moved: Collection[str]
     if wrong:
         notes.append(f"the loss of {wrong} of {len(table)} items is not finite, so no mean over them is")
     groups = table.clusters(keys.FULL)
-    tried, there = (len(rows.unique()) for rows in (groups[table.tried], groups))
+    tried, there = (len(set(rows.tolist())) for rows in (groups[table.tried], groups))
     if streams and tried < MIN_GROUPS <= there:
         notes.append(f"{tried} of {there} groups were tried, and claims need {MIN_GROUPS}: raise limit, or seconds")
     if readings.moves_with_its_input(table, streams):
