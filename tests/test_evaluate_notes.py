@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -123,6 +124,25 @@ def test_streams_that_share_their_encoder_are_probed_of_nothing() -> None:
     found = monitor.evaluate(rows, train=rows, swap={"left": 0, "right": 1})
     assert found.notes == ("no probe: no stream has modules of its own",)
     assert math.isfinite(found["left_val_uses"]) and math.isfinite(found["left_to_right_val_cover"])
+
+
+def test_of_a_criterion_that_gives_the_batchs_mean_the_batches_are_what_is_independent() -> None:
+    def of(criterion: Any) -> Evaluation:
+        monitor = StreamMonitor(Two(), streams={"rgb": "rgb", "depth": "depth"})
+        return monitor.evaluate(DataLoader(items(640), 16), classification(criterion))
+
+    mean, each = of(lambda logits, target: functional.cross_entropy(logits, target)), of(functional.cross_entropy)
+    for key in ("full_val_loss", "rgb_val_uses"):
+        one, other = mean.estimates[key], each.estimates[key]
+        assert one.value == pytest.approx(other.value, rel=1e-5)
+        assert other.groups > 6 * (one.groups - 1)
+        assert (one.high - one.low) > 0.6 * (other.high - other.low)  # it was a quarter of it
+    assert mean.estimates["rgb_val_uses"].groups == 32
+    assert dict(each) == dict(of(None))
+    smooth = functools.partial(functional.cross_entropy, label_smoothing=0.1)
+    assert of(smooth)["full_val_loss"] == pytest.approx(
+        of(torch.nn.CrossEntropyLoss(label_smoothing=0.1))["full_val_loss"]
+    )
 
 
 # What is exchanged along --------------------------------------------------------------------------------------------
