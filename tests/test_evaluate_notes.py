@@ -139,6 +139,14 @@ def test_of_a_criterion_that_gives_the_batchs_mean_the_batches_are_what_is_indep
         assert (one.high - one.low) > 0.6 * (other.high - other.low)  # it was a quarter of it
     assert mean.estimates["rgb_val_uses"].groups == 32
     assert dict(each) == dict(of(None))
+    own = evaluated(lambda batch, given: {"loss": given["loss"].mean().expand(len(batch[0]))})
+    assert own.notes == (
+        "all items of a batch have the same loss, so that intervals are too narrow if it is the batch's mean: give "
+        "each item's (reduction='none'), or group='batch'",
+    )
+    grouped = evaluated(lambda batch, given: {"loss": given["loss"].mean().expand(len(batch[0])), "group": "batch"})
+    assert not any("same loss" in note for note in grouped.notes)
+    assert evaluated(lambda batch, given: {"loss": torch.ones(len(batch[0]))}).notes == ()
     smooth = functools.partial(functional.cross_entropy, label_smoothing=0.1)
     assert of(smooth)["full_val_loss"] == pytest.approx(
         of(torch.nn.CrossEntropyLoss(label_smoothing=0.1))["full_val_loss"]

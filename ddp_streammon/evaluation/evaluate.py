@@ -238,6 +238,11 @@ def _notes_of_items(table: Table, streams: Sequence[str], moved: Collection[str]
     wrong = int((~losses.isfinite() & (table.weight > 0)).sum())
     if wrong:
         notes.append(f"the loss of {wrong} of {len(table)} items is not finite, so no mean over them is")
+    if readings.is_of_the_batch(table):
+        notes.append(
+            "all items of a batch have the same loss, so that intervals are too narrow if it is the batch's mean: give "
+            "each item's (reduction='none'), or group='batch'"
+        )
     groups = table.clusters(keys.FULL)
     tried, there = (len(set(rows.tolist())) for rows in (groups[table.tried], groups))
     if streams and tried < MIN_GROUPS <= there:
