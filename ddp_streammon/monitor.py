@@ -351,7 +351,8 @@ class StreamMonitor(Joinable):
     def compute_stream_weights(self) -> Figures:
         """Each stream's weights now: `X_weight_norm`, `X_weight_mean`, `X_weight_element_mean`, and their ratio.
 
-        Biases are left out; see `weights.weight_figures` for what each mean is over.
+        Biases are left out; see `weights.weight_figures` for what each mean is over. They change when a layer is scaled
+        up and the next one down, though the function stays the same.
         Comm: one all_reduce(SUM). Sync: none until a figure is read.
         """
         return weight_figures(self.streams, self._meter.weight_shares, self._collective, self._meter.device)

@@ -1,4 +1,4 @@
-"""Gradient power of the streams: a figure of gradients that does not depend on how a function is parametrised."""
+"""Gradient power of the streams: a figure of gradients that does not depend on how a function's layers are scaled."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def gradient_power(
     Multiply a layer by c and divide the next one by c: the function is the same, the first layer's gradient norm is 1/c
     of what it was and its weight norm c times; their product stays. So the figures of two streams may be compared where
     raw norms may not: the ratio of two streams' gradient norms went from 1.08 to 0.69 under such a change (measured on
-    HTAD in this project). By the Cauchy-Schwarz inequality it bounds the change of the loss to first order when every
-    tensor is changed by a given share of its norm.
+    HTAD in this project). What does change it: a shift of a bias that the next layer takes back, and for `shared` the
+    scale of one stream's block of its first layer. By the Cauchy-Schwarz inequality it bounds the change of the loss to
+    first order when every tensor is changed by a given share of its norm.
 
     `gradient` gives this rank's part of a parameter's gradient, `inverse_scale` is 1 / the loss scale. nan: no tensor
     of the stream has a gradient, or one in `undefined` (still to be summed over ranks) is the stream's.

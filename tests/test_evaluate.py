@@ -598,6 +598,8 @@ def test_from_the_second_evaluation_on_the_items_are_as_many_as_time_allows() ->
     assert monitor.evaluate(val, slow, seconds=0.4).tried in range(64, 112, SIZE)  # 0.004 s an item, or more
     found = monitor.evaluate(val, slow, seconds=0.01)
     assert found.tried == 64 and found.estimates["full_val_loss"].items == 128
+    with pytest.raises(ValueError, match=r"limit must be at least 1 \(or None for all\), got 0"):
+        monitor.evaluate(val, limit=0)
     with pytest.raises(ValueError, match=r"seconds must be above 0 \(or None for no limit\), got 0"):
         monitor.evaluate(val, slow, seconds=0)
     assert monitor.evaluate(val, limit=10).tried == 16  # whole batches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ddp_streammon import StreamMonitor, classification
 from ddp_streammon.evaluation import Evaluation, Statement
+from ddp_streammon.streams import StreamSpec
 from tests.ranks import run_ranks
 
 
@@ -95,6 +97,60 @@ def test_more_classes_than_a_probe_has_room_for_are_a_note() -> None:
     (note,) = found.notes
     assert note.startswith("no probe: a probe of 16 columns for 10000004 outputs takes 1221 MiB, more than 64")
     assert math.isfinite(found["rgb_val_uses"])
+
+
+def test_a_limit_that_leaves_too_few_groups_for_a_claim_says_so() -> None:
+    def score(model: nn.Module, batch: Any) -> Mapping[str, Any]:
+        return {**classification()(model, batch), "group": "batch"}
+
+    monitor = StreamMonitor(Two(), streams={"rgb": "rgb", "depth": "depth"})
+    found = monitor.evaluate(DataLoader(items(200), 8), score, limit=100)
+    assert found.notes == ("13 of 25 groups were tried, and claims need 20: raise limit, or seconds",)
+    assert monitor.evaluate(DataLoader(items(200), 8), score).notes == ()
+
+
+def test_streams_that_share_their_encoder_are_probed_of_nothing() -> None:
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = nn.Linear(6, 8), nn.Linear(16, 4)
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            logits: Tensor = self.head(torch.cat([self.encoder(left), self.encoder(right)], 1))
+            return logits
+
+    rows = DataLoader(TensorDataset(normal(96, 6), normal(96, 6, seed=1), items(96).tensors[2]), 16)
+    monitor = StreamMonitor(Siamese(), streams={side: StreamSpec(inputs=(side,)) for side in ("left", "right")})
+    found = monitor.evaluate(rows, train=rows, swap={"left": 0, "right": 1})
+    assert found.notes == ("no probe: no stream has modules of its own",)
+    assert math.isfinite(found["left_val_uses"]) and math.isfinite(found["left_to_right_val_cover"])
+
+
+def test_of_a_criterion_that_gives_the_batchs_mean_the_batches_are_what_is_independent() -> None:
+    def of(criterion: Any) -> Evaluation:
+        monitor = StreamMonitor(Two(), streams={"rgb": "rgb", "depth": "depth"})
+        return monitor.evaluate(DataLoader(items(640), 16), classification(criterion))
+
+    mean, each = of(lambda logits, target: functional.cross_entropy(logits, target)), of(functional.cross_entropy)
+    for key in ("full_val_loss", "rgb_val_uses"):
+        one, other = mean.estimates[key], each.estimates[key]
+        assert one.value == pytest.approx(other.value, rel=1e-5)
+        assert other.groups > 6 * (one.groups - 1)
+        assert (one.high - one.low) > 0.6 * (other.high - other.low)  # it was a quarter of it
+    assert mean.estimates["rgb_val_uses"].groups == 32
+    assert dict(each) == dict(of(None))
+    own = evaluated(lambda batch, given: {"loss": given["loss"].mean().expand(len(batch[0]))})
+    assert own.notes == (
+        "all items of a batch have the same loss, so that intervals are too narrow if it is the batch's mean: give "
+        "each item's (reduction='none'), or group='batch'",
+    )
+    grouped = evaluated(lambda batch, given: {"loss": given["loss"].mean().expand(len(batch[0])), "group": "batch"})
+    assert not any("same loss" in note for note in grouped.notes)
+    assert evaluated(lambda batch, given: {"loss": torch.ones(len(batch[0]))}).notes == ()
+    smooth = functools.partial(functional.cross_entropy, label_smoothing=0.1)
+    assert of(smooth)["full_val_loss"] == pytest.approx(
+        of(torch.nn.CrossEntropyLoss(label_smoothing=0.1))["full_val_loss"]
+    )
 
 
 # What is exchanged along --------------------------------------------------------------------------------------------

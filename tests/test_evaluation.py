@@ -319,6 +319,8 @@ def test_errors_of_one_process() -> None:
         Items([], max_batches=0)
     with pytest.raises(ValueError, match="loader: a number of items can only be asked of a DataLoader.*got a list"):
         figures(model(), [], max_items=3)
+    with pytest.raises(ValueError, match=r"loader: a TensorDataset gives single items, .* pass a DataLoader over it"):
+        figures(model(), data())
     with pytest.raises(ValueError, match="score must give 'loss' per item, got 'correct'"):
         evaluate(model(), Items(DataLoader(data(), 4)), score=lambda net, batch: {"correct": batch[-1].double()})
     with pytest.raises(ValueError, match=r"one loss per item, shape \[items\], got shape \(\)"):

@@ -11,7 +11,7 @@ from ddp_streammon import keys
 from ddp_streammon.collective import Collective
 from ddp_streammon.evaluation import readings
 from ddp_streammon.evaluation.ablate import Means
-from ddp_streammon.evaluation.claims import Claim, claims, look_of
+from ddp_streammon.evaluation.claims import MIN_GROUPS, Claim, claims, look_of
 from ddp_streammon.evaluation.evidence import Past, of_memory, of_overfitting, of_probe, of_use, remembered
 from ddp_streammon.evaluation.exchange import Swap
 from ddp_streammon.evaluation.intervals import Estimate, bounds
@@ -39,6 +39,10 @@ class Request:
     swap: Swap = field(default_factory=dict)
     reduce: Mapping[str, readings.Reduce] = field(default_factory=dict)
     limit: int | None = ITEMS
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1 (or None for all), got {self.limit}")
 
 
 def affordable(limit: int | None, seconds: float, pace: float) -> int | None:
@@ -241,6 +245,15 @@ def _notes_of_items(table: Table, streams: Sequence[str], moved: Collection[str]
     wrong = int((~losses.isfinite() & (table.weight > 0)).sum())
     if wrong:
         notes.append(f"the loss of {wrong} of {len(table)} items is not finite, so no mean over them is")
+    if readings.is_of_the_batch(table):
+        notes.append(
+            "all items of a batch have the same loss, so that intervals are too narrow if it is the batch's mean: give "
+            "each item's (reduction='none'), or group='batch'"
+        )
+    groups = table.clusters(keys.FULL)
+    tried, there = (len(set(rows.tolist())) for rows in (groups[table.tried], groups))
+    if streams and tried < MIN_GROUPS <= there:
+        notes.append(f"{tried} of {there} groups were tried, and claims need {MIN_GROUPS}: raise limit, or seconds")
     if readings.moves_with_its_input(table, streams):
         notes.append(
             "exchanging every stream only changes the items' places: the loss compares the streams with each other (or "

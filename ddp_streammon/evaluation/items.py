@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -99,6 +100,12 @@ class Share:
 def share(items: Items, topology: Topology) -> Share:
     """What this rank evaluates. Errors: ValueError, naming the loader, for one that cannot be shared out."""
     loader, rank, ranks, limit = items.loader, topology.data_rank, topology.data_size, items.max_batches
+    given: object = loader
+    if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
+        raise ValueError(
+            f"{items.name}: a {type(given).__name__} gives single items, and batches are needed; pass a DataLoader "
+            "over it (batch_size=None where its items are batches)"
+        )
     if _shared_out_here(items):
         assert isinstance(loader, DataLoader)
         units = _units(loader, items)

@@ -172,6 +172,8 @@ def probed(train: Store, held_out: Store, streams: Sequence[str], collective: Co
     speaking = [given for given in everyone if given[1]]
     if not speaking:
         return Knowledge(None, "the score gives no 'target'")
+    if not streams:
+        return Knowledge(None, "no stream has modules of its own")
     if len({classes for _, _, classes, *_ in speaking}) > 1:
         return Knowledge(None, "targets are classes on some ranks and values on others")
     classes = speaking[0][2]

@@ -114,7 +114,19 @@ def moves_with_its_input(table: Table, streams: Sequence[str]) -> bool:
     rows = table.tried & (partner != torch.arange(len(partner)))
     found, expected = table.figures[everything, LOSS][rows], table.figures[keys.FULL, LOSS][partner][rows]
     same = (found - expected).abs() <= _SAME * (1 + expected.abs())
-    return bool(len(found)) and bool(same.all())
+    return bool(same.all()) and bool((expected != expected[:1]).any())
+
+
+def is_of_the_batch(table: Table) -> bool:
+    """Whether items that met, of one batch but not of one group, all have each other's loss, while others do not."""
+    losses = table.figures.get((keys.FULL, LOSS))
+    if losses is None or not table.partner or bool((losses == losses[0]).all()):
+        return False
+    partner = next(iter(table.partner.values()))
+    met = partner != torch.arange(len(partner))
+    if table.groups is not None:
+        met &= table.groups != table.groups[partner]
+    return bool(met.any()) and bool((losses == losses[partner])[met].all())
 
 
 def ablated(table: Table, streams: Sequence[str], split: str) -> dict[str, Estimate]:

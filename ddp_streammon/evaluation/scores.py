@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -127,11 +129,11 @@ def classification(criterion: Criterion | None = None) -> Score:
     """Loss (nats, per item) and correctness of class logits [B, C] against targets [B].
 
     `criterion` defaults to the model's own `criterion`, then to cross entropy. One that has a `reduction` is asked
-    for its per-item losses (class weights multiply them); of another the batch mean stands for each item. Items with
-    its `ignore_index` as target count for nothing.
+    for its per-item losses (class weights multiply them); of another the batch mean stands for each item, and each
+    batch is one group: its items say the same. Items with its `ignore_index` as target count for nothing.
     """
 
-    def score(model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+    def score(model: nn.Module, batch: Any) -> Mapping[str, Any]:
         inputs, named, target = split_batch(batch)
         logits = model(*inputs, **named)
         prediction = logits.argmax(1)
@@ -147,28 +149,43 @@ def classified(
     target: Tensor,
     criterion: Criterion | None = None,
     prediction: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """`loss`, `correct` and `weight` of each item, [B] each; see `classification`.
+) -> dict[str, Any]:
+    """`loss`, `correct` and `weight` of each item, [B] each, and their `group`; see `classification`.
 
     `prediction`: the classes of the largest logits, where they are known already.
     """
     prediction = logits.argmax(1) if prediction is None else prediction
     own = getattr(model, "criterion", None) if criterion is None else criterion
     used = nn.CrossEntropyLoss() if own is None else own
-    figures = {"loss": _per_item(used, logits, target), "correct": (prediction == target).double()}
+    loss = _per_item(used, logits, target)
+    figures: dict[str, Any] = {"loss": loss, "correct": (prediction == target).double()}
+    if not loss.dim():
+        figures |= {"loss": loss.expand(len(target)), "group": BATCH}
     ignored = getattr(used, "ignore_index", None)
     return figures if ignored is None else figures | {"weight": (target != ignored).double()}
 
 
 def _per_item(criterion: Criterion, logits: Tensor, target: Tensor) -> Tensor:
+    """[B], or the mean of the batch, [], where the criterion cannot be asked for more."""
     if isinstance(criterion, nn.Module) and hasattr(criterion, "reduction"):
         each: Any = copy.copy(criterion)
         each.reduction = "none"
         criterion = each
+    elif _takes_reduction(criterion):
+        function: Any = criterion
+        criterion = functools.partial(function, reduction="none")
     loss = criterion(logits, target)
     if loss.dim() == 0:
-        return loss.expand(len(target))
+        return loss
     return loss if loss.shape == target.shape[:1] else loss.reshape(len(target), -1).mean(1)
+
+
+def _takes_reduction(criterion: Criterion) -> bool:
+    """Whether it is one of `torch.nn.functional`'s, or takes the same keyword."""
+    try:
+        return "reduction" in inspect.signature(criterion).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 def to_device(model: nn.Module) -> torch.device:
