@@ -324,6 +324,55 @@ def scored(net: nn.Module, batch: Any, **more: Any) -> dict[str, Any]:
     return {**classification()(net, batch), **more}
 
 
+class Scales(Net):
+    """Scales its inputs before the encoders, in other memory."""
+
+    def features(self, *inputs: Tensor) -> list[Tensor]:
+        return super().features(*(x / 3 for x in inputs))
+
+
+class ScalesInPlace(Net):
+    """Scales its batch in place, and reads rgb past its encoder, too."""
+
+    def features(self, *inputs: Tensor) -> list[Tensor]:
+        return super().features(*(x.div_(3) for x in inputs))
+
+
+class Itself(nn.Module):
+    """An encoder that gives what it gets; the rest of the model writes into that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class WritesIntoFeatures(Net):
+    def features(self, *inputs: Tensor) -> list[Tensor]:
+        rgb, depth = super().features(*inputs)
+        return [rgb, depth.mul_(3)]
+
+
+@pytest.mark.parametrize("kind", ["inputs", "features"])
+def test_a_forward_that_writes_into_its_batch_is_given_a_copy_each_time(kind: str) -> None:
+    val, train = data(45, 1, "rgb", "depth"), data(160, 2, "rgb", "depth")
+    if kind == "inputs":
+        net: Net = ScalesInPlace("rgb", "depth")
+        other: Net = Scales("rgb", "depth")
+    else:
+        net, other = WritesIntoFeatures("rgb", "depth"), WritesIntoFeatures("rgb", "depth")
+        net.depth, other.depth = Itself(), nn.Sequential(nn.Linear(4, 4, bias=False)).double()
+        nn.init.eye_(other.depth[0].weight)
+    other.load_state_dict(net.state_dict(), strict=False)
+    before = [tensor.clone() for tensor in (*val.tensors, *train.tensors)]
+    found, expected = (watched(of).evaluate(loader(val), train=loader(train)) for of in (net, other))
+    assert found.replayed
+    assert found.figures == pytest.approx(expected.figures, **EXACT, nan_ok=True)
+    assert all(map(torch.equal, before, (*val.tensors, *train.tensors)))
+
+
 class Recurrent(Net):
     """The head reads the state of rgb's GRU, which has the items in its second dimension."""
 

@@ -151,9 +151,10 @@ class _Encoder:
         self.called = True
         features = self._features
         if features.variant is None:
+            given, named = map_tensors((args, kwargs), Tensor.clone) if features.copies_inputs else (args, kwargs)
             output = self._original(*args, **kwargs)
             # Cloned: the rest of the model may write into it.
-            self.record.append(_Call(args, kwargs, map_tensors(output, Tensor.clone)))
+            self.record.append(_Call(given, named, map_tensors(output, Tensor.clone)))
             return output
         number, self._number = self._number, self._number + 1
         recorded = self.record[number] if number < len(self.record) else None
@@ -271,6 +272,8 @@ class Features:
         self.order = torch.empty(0, dtype=torch.long)
         self.replayed = True
         """Whether every encoder was spared running again."""
+        self.copies_inputs = False
+        """Whether what encoders are called with is copied, since forwards write into their batch."""
         self.readers: set[str] = set()
         """Streams whose encoders read other streams' features."""
         self.encoders = [_Encoder(name, path, modules[path], self) for name in names for path in streams[name].roots]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddp_streammon import keys
 from ddp_streammon.collective import Collective
-from ddp_streammon.evaluation.ablate import Features, Means, Replacement, Variant, map_tensors
+from ddp_streammon.evaluation.ablate import Features, Means, Replacement, Variant, map_tensors, tensors_of
 from ddp_streammon.evaluation.exchange import Swap, exchanged, partners
 from ddp_streammon.evaluation.harmless import undisturbed
 from ddp_streammon.evaluation.items import Items, Share, share
@@ -153,6 +153,8 @@ class _Pass:
         self._read: dict[str, tuple[int, str]] = {}
         self._seconds = 0.0
         self._moved: set[str] = set()
+        self._writes: bool | None = None
+        """Whether forwards write into their batch; None before the first."""
         self.rows: dict[str, Rows] = {}
 
     def run(self, splits: Mapping[str, Items]) -> None:
@@ -207,8 +209,7 @@ class _Pass:
         """The batch whole and, if it is one of the first, under each variant; columns of what counts."""
         plan, features = self._plan, self._features
         assert features is not None
-        with features.recording():
-            whole = self._attempt(batch)
+        batch, whole = self._whole(batch, features)
         columns: dict[Column, Tensor] = {}
         if whole is not None and place is not None:
             columns |= columns_of(whole, place) | figures_of(keys.FULL, whole)
@@ -236,6 +237,20 @@ class _Pass:
             columns[TRIED] = torch.full((whole.items,), float(wanted), dtype=torch.float64)
             rows.batches.append((place, whole.items, columns))
 
+    def _whole(self, batch: Any, features: Features) -> tuple[Any, Scored | None]:
+        """The batch to go on with, and what it gives as it is. The first one shows whether forwards write into their
+        batch (`x.div_(255)`); from then on each has a copy of it."""
+        if self._writes is None:
+            first = map_tensors(batch, Tensor.clone)
+            with features.recording():
+                whole = self._attempt(first)
+            self._writes = not self._pace.agree(all(tensor._version == 0 for tensor in tensors_of(first)))
+            if not self._writes:
+                return first, whole
+            features.copies_inputs = True
+        with features.recording():
+            return batch, self._attempt(batch)
+
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -243,7 +258,8 @@ class _Pass:
 
     def _attempt(self, batch: Any, variant: Variant | None = None, order: Tensor | None = None) -> Scored | None:
         def run(given: Any) -> Scored:
-            given = map_tensors(given, lambda tensor: tensor)  # containers of its own: a score may pop its target
+            # Containers of its own: a score may pop its target.
+            given = map_tensors(given, Tensor.clone if self._writes else lambda tensor: tensor)
             for name, how in (variant or {}).items():
                 if how is Replacement.exchange and name in self._plan.swap and order is not None:
                     given = exchanged(given, self._plan.swap[name], order)
