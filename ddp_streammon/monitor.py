@@ -651,7 +651,15 @@ def _optimizers(model: nn.Module, given: Optimizers) -> tuple[torch.optim.Optimi
     if given is None:
         found = getattr(unwrap(model), "optimizer", None)
         return (found,) if isinstance(found, torch.optim.Optimizer) else ()
-    return (given,) if isinstance(given, torch.optim.Optimizer) else tuple(given)
+    several = tuple(given) if isinstance(given, Sequence) else (given,)
+    for one in several:
+        if not hasattr(one, "param_groups"):
+            raise ValueError(f"optimizer must be a torch.optim.Optimizer, or several of them, got {_kind(one)}")
+    return several
+
+
+def _kind(value: object) -> str:
+    return repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 class _Shadow(JoinHook):

@@ -145,6 +145,8 @@ class StreamSet:
         without parameters, two streams with equal claims to a parameter, names that keys cannot carry, FSDP1, and
         parameters without a shape yet.
         """
+        if not isinstance(streams, Mapping | None):
+            raise ValueError(f"streams must map names to patterns or modules, e.g. {{'rgb': 'rgb'}}, got {streams!r}")
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
             raise ValueError(
                 "the model is wrapped in FullyShardedDataParallel (FSDP1), whose flat parameters mix streams: not "
@@ -231,7 +233,7 @@ def _checked_name(name: str) -> str:
 def _as_spec(name: str, value: StreamLike) -> StreamSpec:
     if isinstance(value, StreamSpec):
         return value
-    items = [value] if isinstance(value, str | nn.Module) else list(value)
+    items = list(value) if isinstance(value, Iterable) and not isinstance(value, str | nn.Module) else [value]
     unknown = [item for item in items if not isinstance(item, str | nn.Module)]
     if unknown:
         raise ValueError(

@@ -62,6 +62,12 @@ def test_parameters_that_come_and_go_later_are_told_once_and_another_monitor_goe
     follower.log_metrics(4, {})
 
 
+@pytest.mark.parametrize("given", [nn.Linear(2, 2), ["sgd"], torch.optim.SGD])
+def test_what_is_no_optimizer_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match="^optimizer must be a torch.optim.Optimizer, or several of them, got "):
+        StreamMonitor(network(), given, STREAMS)
+
+
 def test_a_mask_that_is_no_tensor_is_refused() -> None:
     monitor = StreamMonitor(network(), streams=STREAMS)
     with pytest.raises(ValueError, match=r"present\['rgb'\] must be a mask \[samples\] in a tensor, got"):

@@ -188,6 +188,18 @@ def test_what_cannot_be_resolved_is_an_error(spec: dict[str, Any], message: str)
         StreamSet.resolve(Towers(), spec)
 
 
+@pytest.mark.parametrize(
+    ("streams", "said"),
+    [
+        (["rgb"], r"streams must map names to patterns or modules, e.g. \{'rgb': 'rgb'\}, got \['rgb'\]"),
+        ({"rgb": 5}, r"stream 'rgb': expected patterns \(str\), modules \(nn.Module\) or a StreamSpec, got 5"),
+    ],
+)
+def test_streams_of_another_kind_are_an_error(streams: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        StreamSet.resolve(nn.Linear(2, 2), streams)
+
+
 def test_a_model_without_parameters_is_an_error() -> None:
     lazy = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
     with pytest.raises(
