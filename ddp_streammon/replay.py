@@ -103,10 +103,11 @@ def _guide(records: Iterable[Mapping[str, Any]], streams: Sequence[str]) -> Iter
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the events of the run whose directory, or file, is named."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
+    if not given:
         raise SystemExit(__doc__)
-    if given == ["--version"]:
-        print(__version__)
+    told = {"-h": __doc__, "--help": __doc__, "--version": __version__}
+    if given[0] in told:
+        print(told[given[0]])
         return
     path = Path(given[0])
     parts = [option.partition("=") for option in given[1:]]

@@ -193,6 +193,15 @@ class Waves(nn.Module):
         return output
 
 
+def _takes_complex() -> bool:
+    """Whether gloo sends complex numbers, or DDP, which broadcasts its parameters, takes none (before PyTorch 2.9)."""
+    try:
+        dist.broadcast(torch.zeros(1, dtype=torch.complex64), src=0)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _complex(value: complex | None) -> tuple[float, float]:
     """The errors of norms and gradients, `value` put into one of them."""
     model = DistributedDataParallel(Waves())
@@ -330,7 +339,9 @@ TRAININGS = [(every, per_stream) for every in (1, 3) for per_stream in (False, T
 def _others() -> dict[str, Any]:
     return {
         "sparse": [_sparse(per_stream=per_stream) for per_stream in (False, True)],
-        "complex": [_complex(value) for value in (None, complex(math.inf, 1), complex(1, math.nan))],
+        "complex": [
+            _complex(value) for value in (None, complex(math.inf, 1), complex(1, math.nan)) if _takes_complex()
+        ],
         "collectives": _collectives(),
         "again": _again(),
         "before": _before_step(),
@@ -347,6 +358,8 @@ def others() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", ["sparse", "complex"])
 def test_sparse_and_complex_gradients_are_clipped_like_dense_ones(kind: str) -> None:
+    if not others()[0][kind]:
+        pytest.skip("the gloo of this PyTorch sends no complex numbers")
     for of_rank in others():
         for of_norms, of_gradients in of_rank[kind]:
             assert of_norms < 1e-6

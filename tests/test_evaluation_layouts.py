@@ -28,6 +28,7 @@ from ddp_streammon.train.models import MultiStreamModel, multi_mlp
 from tests.faults import Broken
 from tests.layouts import LAYOUTS, STREAMS, WORLD, Three, network
 from tests.ranks import run_ranks
+from tests.sharding import cases, needs_fsdp2, possible
 
 COUNT = 16
 PARTS_OF_THEM = ("ddp", "fsdp2 by module", "sequence parallel", "fsdp2 x tensor parallel")
@@ -93,7 +94,7 @@ def _of_layouts(function: Callable[..., Any], layouts: Sequence[str], *args: Any
 def on_ranks(function: Callable[..., Any], layouts: tuple[str, ...], *args: Any) -> list[dict[str, Any]]:
     """`function(layout, *args)` of each layout, one after the other on the same four processes: most of what a layout
     costs is what torch does at first use."""
-    return run_ranks(WORLD, _of_layouts, function, layouts, *args, timeout=200)
+    return run_ranks(WORLD, _of_layouts, function, possible(layouts), *args, timeout=200)
 
 
 def _figures_of(layout: str) -> dict[str, dict[str, float]]:
@@ -101,7 +102,7 @@ def _figures_of(layout: str) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    "layout", [*LOOKED_AT, *(pytest.param(layout, marks=pytest.mark.slow) for layout in PARTS_OF_THEM)]
+    "layout", [*cases(LOOKED_AT), *(pytest.param(layout, marks=pytest.mark.slow) for layout in possible(PARTS_OF_THEM))]
 )
 def test_every_layout_finds_what_one_process_finds(layout: str) -> None:
     for of_rank in on_ranks(_figures_of, LOOKED_AT if layout in LOOKED_AT else PARTS_OF_THEM):
@@ -118,6 +119,7 @@ def _on_two_ranks() -> dict[str, dict[str, float]]:
     return figures(fully_shard(model))
 
 
+@needs_fsdp2
 def test_two_ranks_find_what_one_process_finds() -> None:
     for found in run_ranks(2, _on_two_ranks):
         for name, of_set in single().items():
@@ -135,6 +137,7 @@ def _without_a_batch_of_ones_own(sizes: list[int]) -> str:
     return str(caught.value)
 
 
+@needs_fsdp2
 def test_shards_of_ones_own_without_a_batch_are_refused_by_name() -> None:
     for message in run_ranks(2, _without_a_batch_of_ones_own, [5, 0]):
         assert message.startswith("the evaluation failed on rank 1: ValueError: val_loader: there is no batch on this")
@@ -148,6 +151,7 @@ def _uneven_shards_of_ones_own() -> dict[str, float]:
     return dict(StreamMonitor(model, streams=STREAMS).evaluate(loader, sharded=True))
 
 
+@needs_fsdp2
 def test_uneven_shards_of_ones_own_count_every_item_once() -> None:
     shards = [list(DataLoader(Own([9, 1, 2, 4], rank), 2)) for rank in range(4)]
     in_turn = [batch for turn in itertools.zip_longest(*shards) for batch in turn if batch is not None]
@@ -191,7 +195,7 @@ def _differences(layout: str) -> list[str]:
 TRAINED = ("fsdp2", "fsdp2 by module", "hsdp", "fsdp2 x tensor parallel", "mixed by stream")
 
 
-@pytest.mark.parametrize("layout", TRAINED)
+@pytest.mark.parametrize("layout", cases(TRAINED))
 def test_training_goes_on_bit_for_bit_after_evaluations(layout: str) -> None:
     assert [of_rank[layout] for of_rank in on_ranks(_differences, TRAINED)] == [[]] * WORLD
 
@@ -222,6 +226,7 @@ def _with_own_buffers() -> tuple[dict[str, float], bool]:
     return found, all(map(torch.equal, before, buffers)) and model.depth.broadcast_buffers
 
 
+@needs_fsdp2
 def test_rank_0s_buffers_are_evaluated_and_each_rank_keeps_its_own_beside_a_nested_ddp() -> None:
     monitor = StreamMonitor(Normed(), streams={"rgb": "rgb", "depth": "depth"})
     expected = dict(monitor.evaluate(DataLoader(data(5), 2)))
@@ -281,6 +286,7 @@ def _replayed(shard: bool) -> dict[str, float]:
     return dict(StreamMonitor(model, streams=streams).evaluate(DataLoader(_dependent(), 2)))
 
 
+@needs_fsdp2
 def test_ranks_agree_on_what_is_replayed() -> None:
     for found in run_ranks(2, _replayed, True):
         assert found == pytest.approx(_replayed(False), **CLOSE)
@@ -358,7 +364,7 @@ def _errors(layout: str) -> dict[str, str]:
     return {kind: _error(layout, kind) for kind in KINDS}
 
 
-@pytest.mark.parametrize("layout", FAILING)
+@pytest.mark.parametrize("layout", cases(FAILING))
 @pytest.mark.parametrize(("kind", "text"), KINDS.items(), ids=KINDS)
 def test_an_error_outside_of_the_forward_is_raised_on_every_rank_and_nobody_waits(
     layout: str, kind: str, text: str
@@ -386,6 +392,7 @@ def _out_of_the_forward() -> str:
     return str(caught.value)
 
 
+@needs_fsdp2
 def test_an_error_out_of_the_forward_is_read_on_the_ranks_that_wait() -> None:
     assert run_ranks(3, _out_of_the_forward) == ["the evaluation failed on rank 1: OSError: the disk is gone"] * 3
 
@@ -438,8 +445,12 @@ def _pathways(layout: str) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("layout", "world"),
-    [("fsdp2", 4), ("tensor parallel", 2)]
-    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("fsdp2", 2), ("tensor parallel", 4))],
+    [
+        pytest.param("fsdp2", 4, marks=needs_fsdp2),
+        ("tensor parallel", 2),
+        pytest.param("fsdp2", 2, marks=[needs_fsdp2, pytest.mark.slow]),
+        pytest.param("tensor parallel", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_analyze_pathways_of_a_sharded_model_is_that_of_one_process(layout: str, world: int) -> None:
     alone = _pathways("one process")
@@ -459,7 +470,7 @@ def _activations(layout: str) -> dict[str, float]:
 CUT = ("fsdp2 by module", "tensor parallel", "fsdp2 x sequence parallel")
 
 
-@pytest.mark.parametrize("layout", CUT)
+@pytest.mark.parametrize("layout", cases(CUT))
 def test_activations_of_a_sharded_model_are_those_of_one_process(layout: str) -> None:
     expected = StreamMonitor(network(torch.float32), streams=STREAMS).compute_stream_activations(data().tensors[0])
     for of_rank in on_ranks(_activations, CUT):

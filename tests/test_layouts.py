@@ -12,6 +12,7 @@ import pytest
 from tests import layouts
 from tests.layouts import LAYOUTS, PRECISIONS, WORLD, error, measure, twin
 from tests.ranks import run_ranks
+from tests.sharding import cases, needs_fsdp2, possible
 
 CASES = [("float32", True), ("float64", False), ("bfloat16", True)]
 """Each precision, with accumulation and without; the slow test runs all six."""
@@ -29,7 +30,7 @@ Answers = dict[tuple[str, bool], dict[str, Any]]
 def _cases() -> dict[str, Answers]:
     return {
         layout: {case: measure(layout, *case) for case in CASES if case[0] != "bfloat16" or layout in HALF}
-        for layout in LAYOUTS
+        for layout in possible(LAYOUTS)
     }
 
 
@@ -43,7 +44,7 @@ def answers_of(layout: str) -> list[Answers]:
     return [of_rank[layout] for of_rank in _of_all_layouts()]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", cases(LAYOUTS))
 def test_figures_equal_those_by_definition_before_and_after_replicas_are_proved(layout: str) -> None:
     for of_rank in answers_of(layout):
         for answer in of_rank.values():
@@ -51,13 +52,13 @@ def test_figures_equal_those_by_definition_before_and_after_replicas_are_proved(
             assert error(answer["last"], answer["expected"]) < 1e-6
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in APART])
+@pytest.mark.parametrize("layout", cases(layout for layout in LAYOUTS if layout not in APART))
 def test_figures_equal_those_of_one_process_that_sees_the_whole_batch(layout: str) -> None:
     for (precision, _), answer in answers_of(layout)[0].items():
         assert error(answer["last"], twin(PRECISIONS[precision])) < BOUND[precision]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", cases(LAYOUTS))
 def test_a_step_is_one_collective_and_ranks_agree_to_the_bit(layout: str) -> None:
     ranks = answers_of(layout)
     for case, answer in ranks[0].items():
@@ -66,7 +67,7 @@ def test_a_step_is_one_collective_and_ranks_agree_to_the_bit(layout: str) -> Non
             assert repr(other[case]["last"]) == repr(answer["last"])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", cases(LAYOUTS))
 def test_ranks_that_see_the_same_data_count_once_in_the_users_numbers(layout: str) -> None:
     for answer in answers_of(layout)[0].values():
         loss, samples = answer["loss"]
@@ -74,7 +75,7 @@ def test_ranks_that_see_the_same_data_count_once_in_the_users_numbers(layout: st
         assert loss == pytest.approx(1.1, abs=0.2)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", cases(LAYOUTS))
 def test_clipping_halves_every_stream_whatever_its_layout(layout: str) -> None:
     for (precision, _), answer in answers_of(layout)[0].items():
         norms = {key: value for key, value in answer["expected"].items() if key.endswith("grad_norm")}
@@ -86,7 +87,7 @@ def test_clipping_halves_every_stream_whatever_its_layout(layout: str) -> None:
 EVERYTHING = 2 * (32 + 16 * 24 + 24 + 24 * 16 + 16) + 17 + 33 * 3 + 3
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", cases(LAYOUTS))
 def test_every_element_is_read_once_except_where_nobody_synchronises(layout: str) -> None:
     read = sum(of_rank["float32", True]["read"] for of_rank in answers_of(layout))
     summed_before_squaring = {"sequence parallel": 32}.get(layout, 0)  # fully_shard sums them itself
@@ -95,13 +96,14 @@ def test_every_element_is_read_once_except_where_nobody_synchronises(layout: str
     assert read == EVERYTHING - summed_before_squaring + in_full
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", cases(LAYOUTS))
 def test_what_nobody_synchronises_is_reported_and_nothing_else(layout: str) -> None:
     expected = {"nobody synchronises": {"all"}, "mixed by stream": {"audio"}}.get(layout, set())
     for answer in answers_of(layout)[0].values():
         assert set(answer["replicas"]) == expected
 
 
+@needs_fsdp2
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_command_prints_the_whole_matrix(capsys: pytest.CaptureFixture[str]) -> None:

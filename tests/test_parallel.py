@@ -12,14 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ddp_streammon import StreamSet
+from ddp_streammon.collective import Collective
 from ddp_streammon.sinks import read_jsonl
+from ddp_streammon.train import parallel
 from ddp_streammon.train.__main__ import composed, data_and_model
 from ddp_streammon.train.config import ConfigError, load
+from ddp_streammon.train.parallel import wrap
 from ddp_streammon.train.training import build, seed_all, state_of
 from tests.application import SMALL, command, train, train_ranks
 from tests.ranks import run_ranks
+from tests.sharding import needs_fsdp2
 from tests.test_app import ROOT
 
 NAMES = ("fou", "pix", "shared")
@@ -79,6 +84,7 @@ def epoch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Epoc
     return trained
 
 
+@needs_fsdp2
 @pytest.mark.parametrize(("layout", "world"), [("fsdp2", 2), ("hsdp", 4)])
 def test_an_epoch_gives_the_metrics_of_ddp(layout: str, world: int, epoch: Callable[[int, str], Epoch]) -> None:
     ddp, sharded = epoch(world, "ddp"), epoch(world, layout)
@@ -93,6 +99,7 @@ def test_an_epoch_gives_the_metrics_of_ddp(layout: str, world: int, epoch: Calla
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-5, nan_ok=True)
 
 
+@needs_fsdp2
 @pytest.mark.parametrize("layout", ["fsdp2", pytest.param("hsdp", marks=pytest.mark.slow)])
 def test_training_with_and_without_the_monitor_is_bit_identical(layout: str, tmp_path: Path) -> None:
     options = ["trainer.clip_norm=0.5", "trainer.accumulate=2", "trainer.batch_size=64", "model.dropout_p=0.1"]
@@ -102,6 +109,7 @@ def test_training_with_and_without_the_monitor_is_bit_identical(layout: str, tmp
     assert differences(watched["saved"], alone["saved"], "model", "optimizer") == []
 
 
+@needs_fsdp2
 def test_accumulation_and_clipping_are_those_of_ddp(tmp_path: Path) -> None:
     options = ["trainer.clip_norm=0.05", "trainer.accumulate=3", "trainer.batch_size=64", "optim=sgd"]
     ddp, fsdp = (train_ranks(2, [*TINY, *LAYOUTS[name], *options], tmp_path / name)[0] for name in ("ddp", "fsdp2"))
@@ -116,6 +124,7 @@ STOPS = ["streams.fou.patience=1", "streams.fou.min_delta=1.0"]
 """fou stops after the second epoch, so its best weights and its frozen group are in the checkpoint."""
 
 
+@needs_fsdp2
 @pytest.mark.parametrize(
     ("layout", "world", "options", "half"),
     [("fsdp2", 2, ["optim=sgd", "optim.momentum=0"], 1), pytest.param("hsdp", 4, STOPS, 2, marks=pytest.mark.slow)],
@@ -163,6 +172,7 @@ def stopping(tmp_path_factory: pytest.TempPathFactory) -> Stopping:
     return Stopping(halves, third("ddp", "ddp"), third("ddp", "fsdp2"), third("fsdp2", "ddp"))
 
 
+@needs_fsdp2
 def test_a_checkpoint_goes_on_under_every_other_layout(stopping: Stopping) -> None:
     expected, from_ddp, to_ddp = stopping.ddp, stopping.from_ddp, stopping.to_ddp
     for found, tolerance in ((from_ddp, 1e-5), (to_ddp, 1e-4)):
@@ -194,6 +204,7 @@ def assert_read_back(saved: dict[str, Any], file: Path, world: int, overrides: l
     assert [path for path in found if not path.startswith(proved_anew)] == []
 
 
+@needs_fsdp2
 @pytest.mark.parametrize(
     ("world", "layout"), [(4, "hsdp"), pytest.param(3, "fsdp2", marks=pytest.mark.slow), (1, "ddp")]
 )
@@ -204,6 +215,7 @@ def test_another_number_of_ranks_reads_what_was_saved(
     assert_read_back(half.ranks[0]["saved"], half.folder / "checkpoint.pt", world, LAYOUTS[layout], tmp_path)
 
 
+@needs_fsdp2
 def test_another_number_of_ranks_reads_what_another_optimizer_saved(tmp_path: Path) -> None:
     sgd = [*LAYOUTS["fsdp2"], "optim=sgd"]
     saved = train_ranks(2, [*TINY, *sgd], tmp_path / "saved")[0]["saved"]
@@ -211,6 +223,7 @@ def test_another_number_of_ranks_reads_what_another_optimizer_saved(tmp_path: Pa
     assert_read_back(saved, tmp_path / "saved" / "checkpoint.pt", 3, sgd, tmp_path / "again")
 
 
+@needs_fsdp2
 def test_a_stream_stops_at_its_best_and_its_buffers_are_the_same_on_all_ranks(stopping: Stopping) -> None:
     later = {"ddp, an epoch later": stopping.ddp, "fsdp2, an epoch later": stopping.from_ddp}
     for name, run in (stopping.halves | later).items():
@@ -225,6 +238,7 @@ def test_a_stream_stops_at_its_best_and_its_buffers_are_the_same_on_all_ranks(st
     assert fsdp2 == pytest.approx(ddp, rel=1e-3, abs=1e-3, nan_ok=True)
 
 
+@needs_fsdp2
 def test_a_declared_frozen_stream_is_not_trained(tmp_path: Path) -> None:
     frozen = [*TINY, *LAYOUTS["fsdp2"], "streams.fou.frozen=true"]
     saved = train_ranks(2, frozen, tmp_path)[0]["saved"]
@@ -239,6 +253,7 @@ def test_a_declared_frozen_stream_is_not_trained(tmp_path: Path) -> None:
     assert moved == {"pix", "weight"}  # fc.weight
 
 
+@needs_fsdp2
 def test_bf16_trains_under_fsdp2_as_under_ddp(tmp_path: Path) -> None:
     half = [*TINY, "trainer.precision=bf16"]
     ddp, fsdp = (train_ranks(2, [*half, *LAYOUTS[name]], tmp_path / name)[0] for name in ("ddp", "fsdp2"))
@@ -278,6 +293,20 @@ def test_a_layout_that_cannot_be_is_one_sentence(overrides: list[str], text: str
         load(composed(overrides))
 
 
+def test_sharding_on_cpu_is_refused_where_pytorch_does_not_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "FSDP2_ON_CPU", False)
+    collective = Collective()
+    collective.distributed = True
+    model = nn.ModuleDict({"stream1": nn.Linear(2, 2)})
+    streams, hsdp = StreamSet.resolve(model), load(composed([*TINY, *LAYOUTS["hsdp"]]))
+    text = (
+        f"parallel=hsdp on CPU needs PyTorch 2.9 or later, got {torch.__version__}: older ones do not average gradients"
+    )
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        wrap(streams, hsdp, torch.device("cpu"), collective)
+    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+
+
 @pytest.mark.slow
 def test_ranks_that_cannot_be_shared_out_end_before_a_process_group_starts(tmp_path: Path) -> None:
     sizes = ["parallel=hsdp", "parallel.shard_size=4"]
@@ -303,6 +332,7 @@ def test_the_configuration_shows_the_layout() -> None:
     assert "parallel:\n  name: hsdp\n  shard_size: 4\n" in shown("parallel=hsdp", "parallel.shard_size=4")
 
 
+@needs_fsdp2
 def test_the_command_trains_a_sharded_model_to_the_end(tmp_path: Path) -> None:
     done = command(*TINY, "sinks.console.enabled=true", "parallel=fsdp2", folder=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp_streammon import StreamMonitor
 from tests.networks import STREAMS, TwoStreams, batch, loss_of, network
 from tests.ranks import run_ranks
+from tests.sharding import needs_fsdp2
 
 
 def by_definition(net: nn.Module) -> dict[str, float]:
@@ -72,6 +73,7 @@ def on_ranks() -> list[dict[str, float]]:
     return [monitor.compute_gradient_power().to_dict() for monitor in monitors]
 
 
+@needs_fsdp2
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_that_share_the_reading_or_the_parameters_find_the_same(ranks: int) -> None:
     expected = by_definition(trained())

@@ -33,6 +33,7 @@ from ddp_streammon.rules.of_ranks import Diverged, OtherLoss, Slow, Uneven
 from ddp_streammon.stats import StepStats
 from tests.networks import STREAMS, batch, loss_of, network, part
 from tests.ranks import run_ranks
+from tests.sharding import needs_fsdp2
 from tests.steps import said, setup, step
 
 WORLDS = [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
@@ -510,6 +511,7 @@ def _mixed() -> list[tuple[str, str | None, int | None, int | None]]:
     return [(f.rule, f.stream, f.rank, f.step) for f in monitor.get_recommendations() if f.rule == "DESYNC"]
 
 
+@needs_fsdp2
 def test_replicas_beside_a_stream_that_is_cut_over_ranks_are_compared_in_every_step() -> None:
     assert run_ranks(3, _mixed) == [[("DESYNC", "depth", 1, 5)]] * 3
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ddp_streammon import StreamMonitor, __version__
 from ddp_streammon.train.__main__ import conf_dir
 from tests.application import command
+from tests.sharding import needs_fsdp2
 from tests.test_app import ROOT, inherited
 
 README = (ROOT / "README.md").read_text()
@@ -73,12 +74,18 @@ def test_a_python_snippet_runs(number: int, capsys: pytest.CaptureFixture[str]) 
 
 SLOW = ("mfeat_six", "precision=bf16", "hsdp", "fusion_type=gated", "every_steps", "fou.lr", "fsdp2")
 """In the commands that only the slow tests run: other tests run what they are about."""
+FSDP2 = ("parallel=fsdp2", "parallel=hsdp")
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        pytest.param(line, marks=[pytest.mark.slow] if any(part in line for part in SLOW) else [])
+        pytest.param(
+            line,
+            marks=[
+                mark for mark, parts in ((pytest.mark.slow, SLOW), (needs_fsdp2, FSDP2)) if any(map(line.count, parts))
+            ],
+        )
         for line in COMMANDS
         if "ddp_streammon.train" in line
     ],

@@ -138,3 +138,9 @@ def test_what_cannot_be_replayed_is_said(recorded: Path, tmp_path: Path) -> None
         main([str(tmp_path)])
     with pytest.raises(SystemExit, match="RUN_DIR"):
         main([])
+
+
+@pytest.mark.parametrize("asked", ["-h", "--help"])
+def test_who_asks_for_help_gets_it_without_an_error(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([asked])
+    assert "RUN_DIR" in capsys.readouterr().out

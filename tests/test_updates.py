@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp_streammon import MonitorConfig, StreamMonitor
 from tests.networks import STREAMS, batch, loss_of, network, part
 from tests.ranks import run_ranks
+from tests.sharding import needs_fsdp2
 
 STEPS = 9
 SAMPLED = [(update_every, every) for update_every in (1, 3) for every in (1, 2)]
@@ -34,6 +35,7 @@ LAYOUTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 DDP_ON_TWO = pytest.param("ddp", 2, marks=pytest.mark.slow)
+FSDP2_ON_TWO = pytest.param("fsdp2", 2, marks=needs_fsdp2)
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def expected_calls(update_every: int, every: int) -> dict[int, int]:
 
 @pytest.mark.parametrize(("update_every", "every"), SAMPLED)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize(("layout", "world"), [("ddp", 1), DDP_ON_TWO, ("ddp", 3), ("fsdp2", 2)])
+@pytest.mark.parametrize(("layout", "world"), [("ddp", 1), DDP_ON_TWO, ("ddp", 3), FSDP2_ON_TWO])
 def test_figures_are_those_kept_by_hand_in_the_steps_that_have_them(
     layout: str, world: int, kind: str, update_every: int, every: int
 ) -> None:
@@ -131,7 +133,7 @@ def test_figures_are_those_kept_by_hand_in_the_steps_that_have_them(
                 assert figures == pytest.approx(answer.by_hand[stream][calls[at]], rel=1e-6)
 
 
-@pytest.mark.parametrize(("layout", "world"), [DDP_ON_TWO, ("ddp", 3), ("fsdp2", 2)])
+@pytest.mark.parametrize(("layout", "world"), [DDP_ON_TWO, ("ddp", 3), FSDP2_ON_TWO])
 def test_ranks_agree_to_the_bit_and_keep_one_copy_together(layout: str, world: int) -> None:
     answers = trained(layout, world)
     size = sum(parameter.numel() for parameter in network().parameters())

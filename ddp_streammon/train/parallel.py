@@ -13,7 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp_streammon.collective import Collective
 from ddp_streammon.streams import StreamSet
-from ddp_streammon.train.config import AppConfig, Layout
+from ddp_streammon.train.config import AppConfig, ConfigError, Layout
+
+FSDP2_ON_CPU = torch.__version__ >= "2.9"
+"""Before (it compares as a version), gloo adds up where FSDP2 asks for an average, so that gradients are too large, as
+many times as there are ranks; HSDP ends with an error, and under PyTorch 2.6 no forward runs."""
 
 
 def wrap(streams: StreamSet, config: AppConfig, device: torch.device, collective: Collective) -> nn.Module:
@@ -21,7 +25,7 @@ def wrap(streams: StreamSet, config: AppConfig, device: torch.device, collective
 
     Sharded, each stream's own modules are a unit that is gathered for its forward, and the rest of the model is
     another; parameters are new objects afterwards. Every rank begins with rank 0's weights and buffers.
-    Comm: a broadcast of parameters and buffers.
+    Errors: ConfigError where this PyTorch cannot shard on CPU. Comm: a broadcast of parameters and buffers.
     """
     model, parallel = streams.model, config.parallel
     if not collective.distributed:
@@ -32,6 +36,11 @@ def wrap(streams: StreamSet, config: AppConfig, device: torch.device, collective
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             find_unused_parameters=config.trainer.find_unused_parameters,
+        )
+    if device.type == "cpu" and not FSDP2_ON_CPU:
+        raise ConfigError(
+            f"parallel={parallel.name.value} on CPU needs PyTorch 2.9 or later, got {torch.__version__}: older ones do "
+            "not average gradients there; say parallel=ddp, or train on CUDA devices"
         )
     with torch.no_grad():
         collective.broadcast([*model.parameters(), *model.buffers()])

@@ -49,6 +49,6 @@ def csv_path() -> Path:
     if path is None or not path.is_file():
         raise ModuleNotFoundError(
             "htad needs data/htad.csv of the package multiviewstacking, which is not installed: "
-            "pip install --no-deps multiviewstacking==0.7.5 (or the extra ddp-streammon[htad])"
+            "pip install --no-deps 'multiviewstacking<0.8' (or the extra ddp-streammon[htad])"
         )
     return path
