@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -130,3 +131,7 @@ def test_every_script_and_option_that_the_text_names_exists() -> None:
 def test_the_version_to_cite_is_this_one() -> None:
     assert f"version = {{{__version__}}}" in README
     assert f"- **{__version__}**" in README
+    (file,) = re.findall(r"`(ddp_streammon/CITATION\.cff)`", README)
+    cited = yaml.safe_load((ROOT / file).read_text())
+    assert cited["version"] == __version__ and cited["cff-version"] == "1.2.0"
+    assert cited["title"] in README and cited["license"] == "MIT" and cited["authors"] and cited["message"]

@@ -31,8 +31,8 @@ class ConsoleSink:
     Step reports print nothing, except a finding of severity `warning` or `error`, once, when it is raised.
     Epoch reports print the table (with the last step's gradient norms) and the findings; those that stand since
     before are counted, not repeated. One that says what exchanging a stream's input costs prints a line of that in the
-    table's place. Two reports of one moment have one heading. With `alarms_only` epochs print what steps do, and there is
-    neither inventory nor summary.
+    table's place. Two reports of one moment have one heading. With `alarms_only` epochs print what steps do, and there
+    is neither inventory nor summary.
     """
 
     in_callers_thread = True
