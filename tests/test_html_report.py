@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -514,6 +515,13 @@ def test_the_application_writes_no_report_where_none_is_wanted(tmp_path: Path) -
 
 
 # The guide's figure -----------------------------------------------------------------------------------------------
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "ddp_streammon.report.plot", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"needs the package matplotlib: pip install 'ddp-streammon\[plot\]'"):
+        import_module("ddp_streammon.report.plot")
 
 
 def test_plot_history_draws_what_was_logged(tmp_path: Path) -> None:
