@@ -52,7 +52,7 @@ from ddp_streammon.report import Outcome, Report, RunInfo, Sink, in_words, summa
 from ddp_streammon.rules import evaluated, evidence, guide
 from ddp_streammon.rules.engine import Engine, Preflight
 from ddp_streammon.rules.finding import Action, Finding, StreamSettings
-from ddp_streammon.sinks import FanOut, WandbSink, active_wandb_run
+from ddp_streammon.sinks import ConsoleSink, FanOut, WandbSink, active_wandb_run
 from ddp_streammon.stats import Figures, ScalarLike, Total
 from ddp_streammon.steps import Steps
 from ddp_streammon.streams import StreamLike, StreamSet, unwrap
@@ -691,10 +691,11 @@ def watch(
 ) -> StreamMonitor:
     """A `StreamMonitor`, whose streams are printed on rank 0.
 
-    An active W&B run is logged into, unless `sinks` are given.
+    Unless `sinks` are given, warnings and errors are printed when they are raised, and an active W&B run is logged
+    into.
     """
     if sinks is None:
-        sinks = [WandbSink()] if active_wandb_run() is not None else []
+        sinks = [ConsoleSink(alarms_only=True), *([WandbSink()] if active_wandb_run() is not None else [])]
     monitor = StreamMonitor(
         *(model, optimizer, streams),
         config=config,

@@ -14,6 +14,9 @@ python -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ("
 # What builds the W&B view; all that it needs comes with wandb.
 python -c 'import sys, importlib.util as u; sys.exit(u.find_spec("wandb_workspaces") is None)' ||
   python -m pip install --quiet --disable-pip-version-check --no-deps -c launch/constraints.txt wandb-workspaces
+# What the TensorBoard sink writes with.
+python -c 'import sys, importlib.util as u; sys.exit(u.find_spec("tensorboard") is None)' ||
+  python -m pip install --quiet --disable-pip-version-check --no-compile -c launch/constraints.txt tensorboard
 export OMP_NUM_THREADS=1 WANDB_MODE=offline
 ruff check .
 ruff format --check .

@@ -29,6 +29,7 @@ OPTIONAL = (
     "wandb",
     "wandb_workspaces",
     "matplotlib",
+    "tensorboard",
     "lightning",
     "transformers",
     "accelerate",

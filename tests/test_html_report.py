@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,38 @@ def test_times_of_ranks_are_drawn_where_the_record_has_them() -> None:
     assert [row["rules"] for row in heat["rows"]] == [[], [], ["SLOW"]]
 
 
+def test_a_rank_is_marked_where_the_picture_is_of_what_is_said_of_it() -> None:
+    facts = [{"rank": rank, "busy_seconds": 0.1} for rank in range(2)]
+    norms = {f"{name}_local_grad_norm_rank{rank}": 1.0 for name in (*STREAMS, "shared") for rank in range(2)}
+    told = [
+        finding("LOSS", "warning", rank=1),
+        finding("OUTLIER", "info", rank=1, stream="rgb", explained_by="LOSS"),
+        finding("OUTLIER", "info", rank=1, explained_by="LOSS"),
+        finding("INR", "error", rank=0, stream="depth"),
+    ]
+    records = [{**step_record(step, norms, told), "measured": {"rank_facts": facts}} for step in (1, 2)]
+    drawn = panels(story_of(run_record(), *records))
+    marked = {title: [row["rules"] for row in of["rows"]] for title, of in drawn.items() if of["kind"] == "heat"}
+    before = "Gradient of each rank, before the average: "
+    assert marked == {
+        f"{before}rgb": [[], ["LOSS", "OUTLIER"]],
+        f"{before}depth": [["INR"], ["LOSS"]],
+        f"{before}{STREAMS[2]}": [[], ["LOSS"]],
+        f"{before}shared": [[], ["LOSS", "OUTLIER"]],
+        "Busy time of each rank": [[], []],
+    }
+
+
+def test_what_too_few_items_cannot_tell_is_no_fault() -> None:
+    unknown = {"rgb_knows": "NaN", "depth_knows": "NaN", "full_val_acc": 0.5, "rgb_val_uses": "NaN"}
+    story = story_of(run_record(), epoch_record(4, unknown), epoch_record(8, {**unknown, "rgb_knows": 0.25}))
+    (line,) = panels(story)["What each stream knows: ridge probe of its features"]["lines"]
+    assert (line["name"], steps_of(line["x"]), "bad" in line) == ("rgb", [8], False)
+    assert panels(story)["What the head uses: loss that an exchanged input costs"]["lines"][0]["bad"]
+    text = Tags(page(story)).visible
+    assert "0.25" in text and "nan" not in text and "–" in text
+
+
 # The file ---------------------------------------------------------------------------------------------------------
 
 
@@ -483,6 +516,13 @@ def test_the_application_writes_no_report_where_none_is_wanted(tmp_path: Path) -
 
 
 # The guide's figure -----------------------------------------------------------------------------------------------
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "ddp_streammon.report.plot", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"needs the package matplotlib: pip install 'ddp-streammon\[plot\]'"):
+        import_module("ddp_streammon.report.plot")
 
 
 def test_plot_history_draws_what_was_logged(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,6 +28,7 @@ BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.S) for la
 """Commands of which one needs what the others leave behind."""
 APART = [block for block in BLOCKS["bash"] if block != TOGETHER]
 COMMANDS = [line.split("#")[0].strip() for block in APART for line in block.splitlines() if line]
+FAULT = "bash launch/demo.sh optim.streams.pix.lr=0.3"
 SMALL = "model=multi_mlp model.hidden=[16,8] trainer.epochs=1 sinks.wandb.enabled=false"
 
 
@@ -121,9 +123,19 @@ def test_commands_that_need_each_other_run(tmp_path: Path) -> None:
     assert "the average of models of one stream each is " in done.stdout
 
 
+@pytest.mark.slow
+def test_the_fault_of_the_demo_is_named_at_its_step_with_what_mends_it(tmp_path: Path) -> None:
+    assert FAULT in COMMANDS
+    override = FAULT.removeprefix("bash launch/demo.sh ")
+    done = command(override, "trainer.epochs=12", "sinks.wandb.enabled=false", folder=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    (said,) = re.findall(r"^step 10: .* pix: .* \[(.*)\]$", done.stdout, re.M)
+    assert said == "optim.streams.pix.lr=0.02"
+
+
 def test_the_other_commands_are_scripts_that_ci_or_a_test_runs() -> None:
     others = [command for command in COMMANDS if "ddp_streammon.train" not in command]
-    assert others == ["bash launch/demo.sh", "bash launch/test.sh"]
+    assert [command for command in others if command != FAULT] == ["bash launch/demo.sh", "bash launch/test.sh"]
     assert "launch/test.sh" in (ROOT / ".ci" / "run").read_text()
 
 
@@ -137,3 +149,7 @@ def test_every_script_and_option_that_the_text_names_exists() -> None:
 def test_the_version_to_cite_is_this_one() -> None:
     assert f"version = {{{__version__}}}" in README
     assert f"- **{__version__}**" in README
+    (file,) = re.findall(r"`(ddp_streammon/CITATION\.cff)`", README)
+    cited = yaml.safe_load((ROOT / file).read_text())
+    assert cited["version"] == __version__ and cited["cff-version"] == "1.2.0"
+    assert cited["title"] in README and cited["license"] == "MIT" and cited["authors"] and cited["message"]

@@ -60,6 +60,12 @@ def test_nothing_logged_is_said() -> None:
     assert summary_text(History(), ("stream1", "stream2")) == "No monitoring data available"
 
 
+def test_steps_alone_are_monitoring_data() -> None:
+    stepped = History()
+    stepped.append(1, None, {"rgb_grad_norm": 3.0, "depth_grad_norm": 1.5})
+    assert "  Rgb: 3.0000\n  Depth: 1.5000\n  Ratio (S1/S2): 2.00" in summary_text(stepped, ("rgb", "depth"))
+
+
 def test_three_streams_have_every_pair_by_name() -> None:
     history = history_of(rgb_grad_norm=[2.0], depth_grad_norm=[1.0], audio_grad_norm=[4.0])
     lines = summary_text(history, ("rgb", "depth", "audio")).splitlines()

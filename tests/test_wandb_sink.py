@@ -321,7 +321,14 @@ def test_online_and_resumed_on_a_server(tmp_path: Path, monkeypatch: pytest.Monk
         assert [row[STEP_AXIS] for row in run.history if STEP_AXIS in row] == [1, 2, 2]
         assert [alert["severity"] for alert in run.alerts] == ["WARN", "ERROR"]
         assert run.config["seed"]["value"] == 1 and run.config["streams"]["value"] == list(STREAMS)
-        log_run(WandbSink(mode="online", project="p", run_id=sink.run_id), step(3))
+        again = WandbSink(mode="online", project="p", run_id=sink.run_id)
+        again.open(RUN)
+        again.write(step(3))
+        deadline = time.monotonic() + 8  # W&B's own 15 seconds are what a killed attempt would have lost for good
+        while not any(row.get(STEP_AXIS) == 3 for row in run.history):
+            assert time.monotonic() < deadline, "rows of a run that goes on are not on the server"
+            time.sleep(0.1)
+        again.close(OUTCOME)
         assert list(server.runs) == ["r1"]
         history = [row for row in run.history if STEP_AXIS in row]
         assert [row[STEP_AXIS] for row in history] == [1, 2, 2, 3]

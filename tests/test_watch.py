@@ -34,6 +34,22 @@ def test_it_prints_the_streams(capsys: pytest.CaptureFixture[str]) -> None:
     assert depth.split()[0] == "depth"
 
 
+def test_an_alarm_is_printed_when_it_is_raised_and_once(capsys: pytest.CaptureFixture[str]) -> None:
+    net = model()
+    monitor = streammon.watch(net, torch.optim.SGD(net.parameters(), 0.1))
+    capsys.readouterr()
+    for number in range(3):
+        trained(net)
+        if number:
+            net["depth"].weight.grad[0, 0] = float("nan")  # type: ignore[index,union-attr]
+        monitor.step(loss=0.5, samples=5)
+    monitor.flush()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("step 2: ") and "gradients of depth: not finite" in line
+    monitor.close()
+    assert capsys.readouterr().out == ""
+
+
 def test_an_active_wandb_run_is_logged_into_and_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_SERVICE", raising=False)  # of an earlier test, and gone

@@ -144,11 +144,11 @@ def summary_text(history: History, streams: Sequence[str]) -> str:
     A section is there where a stream has its figure. Averages are over the finite values. What cannot be said
     (a zero denominator, a nan) is `undefined`.
     """
-    if keys.EPOCH not in history:
-        return "No monitoring data available"
     grad_norms = {name: _mean(values) for name, values in _logged(history, streams, keys.GRAD_NORM).items()}
     weight_norms = {name: values[-1] for name, values in _logged(history, streams, keys.WEIGHT_NORM).items()}
     scores = {name: values[-1] for name, values in _logged(history, streams, keys.OVERFITTING_SCORE).items()}
+    if keys.EPOCH not in history and not (grad_norms or weight_norms or scores):
+        return "No monitoring data available"
     lines = [_LINE, "Stream Monitoring Summary", _LINE]
     lines += _norm_lines("Gradient Norms (average):", grad_norms, two=len(streams) == 2)
     lines += _norm_lines("Weight Norms (latest):", weight_norms, two=len(streams) == 2)

@@ -233,7 +233,8 @@ def _with_interval(story: Story, key: str) -> str:
         return ""
     low, high = (last_value(story, keys.bound(key, which)) for which in (keys.LOW, keys.HIGH))
     interval = "" if math.isnan(low) or math.isnan(high) else f" <small>[{_number(low)}, {_number(high)}]</small>"
-    return _number(last_value(story, key)) + interval
+    value = last_value(story, key)
+    return "–" if math.isnan(value) else _number(value) + interval
 
 
 def _details(story: Story) -> str:

@@ -17,6 +17,7 @@ COLOURS = 8
 """Colours for streams in page.css; with more streams they come again, with other marks."""
 MARKS, ROWS = 300, 16
 _STEP_SECONDS, _BUSY_SECONDS = "step_seconds", "busy_seconds"
+_SLOW, _APART = "SLOW", "OUTLIER"
 _OF_RANKS = {_BUSY_SECONDS: "Busy time of each rank", _STEP_SECONDS: "Step time of each rank"}
 
 
@@ -94,10 +95,11 @@ def _lines(picture: Picture, story: Story) -> dict[str, Any] | None:
             "c": keys.SHARED if line.of == "none" and len(picture.lines) > 1 else colour(stream, story.streams),
             "mark": story.streams.index(stream) if stream in story.streams else -1,
             "dash": line.dashed,
-            **_drawn(key, story.curves),
+            **_drawn(key, story.curves, picture.open_ended),
         }
         for line in picture.lines
         for key, stream, name in _keys_of(line, story)
+        if not picture.open_ended or story.curves[key].points()
     ]
     if not lines:
         return None
@@ -112,10 +114,10 @@ def _lines(picture: Picture, story: Story) -> dict[str, Any] | None:
     }
 
 
-def _drawn(key: str, curves: Mapping[str, Curve]) -> dict[str, Any]:
+def _drawn(key: str, curves: Mapping[str, Curve], open_ended: bool) -> dict[str, Any]:
     curve = curves[key]
     drawn: dict[str, Any] = _points(curve)
-    if strange := curve.strange():
+    if (strange := curve.strange()) and not open_ended:
         drawn["bad"] = _differences(strange)
     low, high = (curves.get(keys.bound(key, which)) for which in (keys.LOW, keys.HIGH))
     if low is not None and high is not None and low.points() and high.points():
@@ -182,7 +184,7 @@ def _heats(story: Story) -> list[dict[str, Any]]:
                 "noise. Outlined: what a finding says of the rank.",
                 "width": width,
                 "rows": [
-                    {"rank": rank, "cells": row, "rules": _rules_of(story, parts.stream, rank)}
+                    {"rank": rank, "cells": row, "rules": _rules_of(story, name, parts.stream, rank)}
                     for rank, row in cells.items()
                 ],
             }
@@ -197,11 +199,18 @@ def _times(value: float | None, usual: float) -> int | None:
     return round(100 * max(-4.0, min(4.0, math.log2(value / usual)))) if value > 0 else -400
 
 
-def _rules_of(story: Story, stream: str | None, rank: int) -> list[str]:
-    """The alarms that name this rank, and this stream (or none, where the figure is of none)."""
-    alarms = [told.latest for told in story.findings.values() if told.is_alarm]
-    named = (found for found in alarms if found.get("rank") == rank and found.get("stream") == stream)
-    return sorted({str(found.get("rule")) for found in named})
+def _rules_of(story: Story, figure: str, stream: str | None, rank: int) -> list[str]:
+    """The alarms that name this rank, and this stream or none; of times those about time, of gradients all others,
+    and what says that they lie apart also where it is a consequence."""
+
+    def speaks(found: Mapping[str, Any]) -> bool:
+        rule, of = found.get("rule"), found.get("stream")
+        if found.get("rank") != rank or (rule == _SLOW) != (figure == _BUSY_SECONDS):
+            return False
+        return rule == _SLOW or of == stream or (of is None and (rule != _APART or stream == keys.SHARED))
+
+    told = (one for one in story.findings.values() if one.is_alarm or one.latest.get("rule") == _APART)
+    return sorted({str(one.latest.get("rule")) for one in told if speaks(one.latest)})
 
 
 def _pace(story: Story) -> dict[str, Any] | None:

@@ -36,6 +36,8 @@ class Picture:
     log: bool = False
     zero: bool = False
     """Whether zero is worth a line of its own."""
+    open_ended: bool = False
+    """Whether nan says that too little was seen to tell, and nothing is wrong."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ PICTURES = (
         "from local gradients of 8 ranks and more. Logarithmic.",
         (Line(keys.NOISE_SCALE),),
         log=True,
+        open_ended=True,
     ),
     Picture(
         "Update ratio",
@@ -150,6 +153,7 @@ PICTURES = (
         "different amounts.",
         (Line(keys.KNOWS),),
         zero=True,
+        open_ended=True,
     ),
     Picture(
         "What only this stream knows, and what the head leaves",
@@ -158,6 +162,7 @@ PICTURES = (
         "knows. Head gap: what the model loses against the probe of all; above zero the head leaves something.",
         (Line(keys.COMPLEMENT, "complement"), Line(keys.HEAD_GAP, "head gap", "full", dashed=True)),
         zero=True,
+        open_ended=True,
     ),
     Picture(
         "Accuracy of each stream alone",

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from matplotlib.figure import Figure
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("a figure needs the package matplotlib: pip install 'ddp-streammon[plot]'") from error
 
 from ddp_streammon import keys
 from ddp_streammon.history import History

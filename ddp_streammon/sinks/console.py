@@ -31,15 +31,16 @@ class ConsoleSink:
     Step reports print nothing, except a finding of severity `warning` or `error`, once, when it is raised.
     Epoch reports print the table (with the last step's gradient norms) and the findings; those that stand since
     before are counted, not repeated. One that says what exchanging a stream's input costs prints a line of that in the
-    table's place. Two reports of one moment have one heading.
+    table's place. Two reports of one moment have one heading. With `alarms_only` epochs print what steps do, and there
+    is neither inventory nor summary.
     """
 
     in_callers_thread = True
     """The lines keep their place among the loop's own prints, which a stalled terminal would hold up as well."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, *, alarms_only: bool = False) -> None:
         """`stream`: standard output unless given."""
-        self._stream = stream
+        self._stream, self._alarms_only = stream, alarms_only
         self._streams: tuple[str, ...] = ()
         self._told = Told()
         self._last_step: Mapping[str, float] = {}
@@ -50,15 +51,15 @@ class ConsoleSink:
     def open(self, run: RunInfo) -> None:
         """Print the inventory."""
         self._streams = run.streams
-        if run.inventory:
+        if run.inventory and not self._alarms_only:
             self._print(run.inventory)
 
     def write(self, report: Report) -> None:
         """Print an epoch's table and findings, or a step's alarms."""
-        if report.kind == "step":
+        if report.kind == "step" or self._alarms_only:
             self._last_step = report.values
             alarms = [f for f in report.findings if f.severity.level >= Severity.warning.level]
-            news = self._told.news("step", alarms)
+            news = self._told.news(report.kind, alarms)
             self._print(*(f"step {report.step}: {self._sentence(finding)}" for finding in news))
             return
         news = self._told.news("epoch", report.findings)
@@ -76,7 +77,7 @@ class ConsoleSink:
 
     def close(self, outcome: Outcome) -> None:
         """Print the summary."""
-        if outcome.text:
+        if outcome.text and not self._alarms_only:
             self._print(outcome.text)
 
     def _sentence(self, finding: Finding) -> str:

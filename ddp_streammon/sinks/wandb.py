@@ -41,8 +41,9 @@ TABLE_SECONDS = 120.0
 0.4 s in which rows wait that a kill would lose."""
 _INIT_SECONDS = 20
 """How long a server may keep rank 0 (and, at the next collective, everybody) waiting."""
-_EXTRA_SETTINGS = {"finish_timeout": 15, "x_transaction_log_flush_interval": 1}
-"""Seconds. Rows are on disk a second after they are logged, and finish gives up before its guard does."""
+_EXTRA_SETTINGS = {"finish_timeout": 15, "x_transaction_log_flush_interval": 1, "x_file_stream_transmit_interval": 2}
+"""Seconds. Rows are on disk a second after they are logged and on a server two (W&B sends every 15 seconds, and what a
+killed attempt had not sent nobody sends again); finish gives up before its guard does."""
 
 _REMEDY = "pip install wandb, or leave the sink out"
 
