@@ -588,6 +588,7 @@ PER_ITEM = "score must give one loss per item"
         ({"loss": 1.0}, f"{PER_ITEM}, as a tensor, got a float"),
         ({"loss": np.ones(8)}, f"{PER_ITEM}, as a tensor, got a ndarray"),
         ({"f1": 0.5}, "score must give one f1 per item, as a tensor, got a float"),
+        ({"f1": None}, "score must give one f1 per item, as a tensor, got None"),
         ({"weight": 2}, "score must give one weight per item, as a tensor, got a int"),
         ({"weight": -torch.ones(8)}, "weights must not be negative, and finite, got -1.0"),
         ({"weight": torch.full((8,), math.nan)}, "weights must not be negative, and finite, got nan"),

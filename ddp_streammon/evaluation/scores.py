@@ -59,37 +59,55 @@ def scored(score: Score, model: nn.Module, batch: object) -> Scored:
     if "loss" not in given:
         raise ValueError(f"score must give 'loss' per item, got {', '.join(map(repr, given)) or 'nothing'}")
     special = {name: given.pop(name, None) for name in _SPECIAL}
-    loss, group = given["loss"], special["group"]
-    present = {} if special["present"] is None else special["present"]
+    special["present"] = {} if special["present"] is None else special["present"]
+    count = len(given["loss"]) if isinstance(given["loss"], Tensor) and given["loss"].dim() == 1 else None
+    _check_numbers(given, special, count)
+    _check_targets(special, count)
+    figures = {name: values.detach().double() for name, values in given.items()}
+    device = figures["loss"].device
+
+    def beside(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    weight = torch.ones_like(figures["loss"]) if special["weight"] is None else special["weight"].detach().double()
+    masks = {stream: beside(mask) for stream, mask in special["present"].items()}
+    group, target, prediction = (beside(special[name]) for name in ("group", "target", "prediction"))
+    return Scored(figures, beside(weight), group, masks, target, prediction, special["record"])
+
+
+def _check_numbers(given: Mapping[str, Any], special: Mapping[str, Any], count: int | None) -> None:
+    """ValueError for figures, weights, groups and masks that are not one number an item."""
+    group, present = special["group"], special["present"]
     if isinstance(group, str) and group != BATCH:
         raise ValueError(f"group must be integers [items], or {BATCH!r} for one group a batch, got {group!r}")
     if not isinstance(present, Mapping):
         raise ValueError(f"present must be a mapping of streams to masks [items], got {_kind(present)}")
+    optional = {"weight": special["weight"], "group": None if isinstance(group, str) else group}
+    named = {**given, **{name: value for name, value in optional.items() if value is not None}}
     masks = {f"present[{stream!r}]": mask for stream, mask in present.items()}
-    named = given | {name: special[name] for name in ("weight", "group") if not isinstance(special[name], str | None)}
-    count = len(loss) if isinstance(loss, Tensor) and loss.dim() == 1 else None
     for name, values in {**named, **masks}.items():
         _check_items(name, values, count)
-    for name in ("target", "prediction"):
-        if special[name] is not None and not isinstance(special[name], Tensor):
-            raise ValueError(f"{name} must be a tensor [items] or [items, outputs], got {_kind(special[name])}")
-    target, prediction = special["target"], special["prediction"]
+    if isinstance(group, Tensor) and (group.is_floating_point() or group.is_complex()):
+        raise ValueError(f"group must be integers, got {group.dtype}")
+
+
+def _check_targets(special: Mapping[str, Any], count: int | None) -> None:
+    """ValueError for targets, predictions and records that are not one an item."""
     for name in ("target", "prediction", "record"):
         value = special[name]
-        found = None if value is None else len(value) if not isinstance(value, Tensor) or value.dim() else "a number"
-        if found not in (None, count):
+        if value is None:
+            continue
+        if name != "record" and not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor [items] or [items, outputs], got {_kind(value)}")
+        found = "a number" if isinstance(value, Tensor) and not value.dim() else len(value)
+        if found != count:
             raise ValueError(f"score must give one {name} per item, {count} in all, got {found}")
-    if target is not None and prediction is not None and prediction[0:1].numel() != target[0:1].numel():
+    target, prediction = special["target"], special["prediction"]
+    if target is not None and prediction is not None and prediction[:1].numel() != target[:1].numel():
         raise ValueError(
             f"prediction must have the shape of target, {tuple(target.shape)}, got {tuple(prediction.shape)}; "
             "of logits give the class, logits.argmax(1)"
         )
-    if isinstance(group, Tensor) and (group.is_floating_point() or group.is_complex()):
-        raise ValueError(f"group must be integers, got {group.dtype}")
-    figures = {name: values.detach().double() for name, values in given.items()}
-    weight = torch.ones_like(figures["loss"]) if special["weight"] is None else special["weight"].detach().double()
-    weight, there = weight.to(loss.device), {stream: mask.to(loss.device) for stream, mask in present.items()}
-    return Scored(figures, weight, group, there, target, prediction, special["record"])
 
 
 def _check_items(name: str, values: object, count: int | None) -> None:
