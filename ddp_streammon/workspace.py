@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddp_streammon import keys
-from ddp_streammon.sinks.wandb import EPOCH_SECTIONS, FINDINGS, STEP_AXIS
+from ddp_streammon.sinks.wandb import EPOCH_SECTIONS, ESTIMATES, FINDINGS, STEP_AXIS
 
 NAME = "Streams"
+EVALUATED = "The last evaluation's estimates"
 _REMEDY = 'pip install "ddp-streammon[workspace]"'
 _TITLES = {
     "": "Gradients, weights and rates",
@@ -66,6 +67,7 @@ def workspace(entity: str, project: str) -> Any:
         ws.Section(name=title, panels=[_plot(picture) for picture in panels], is_open=True)
         for title, panels in pictures().items()
     ]
+    sections.append(ws.Section(name=EVALUATED, panels=[_table(ESTIMATES)], is_open=True))
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -89,6 +91,7 @@ def report(entity: str, project: str) -> Any:
     blocks = [wr.H1("Findings"), wr.P(words), grid([_table()])]
     for title, panels in pictures().items():
         blocks += [wr.H1(title), grid([_plot(picture) for picture in panels])]
+    blocks += [wr.H1(EVALUATED), grid([_table(ESTIMATES)])]
     return wr.Report(entity=entity, project=project, title=NAME, width="fluid", blocks=blocks)
 
 
@@ -99,9 +102,9 @@ def _plot(picture: Picture) -> Any:
     )
 
 
-def _table() -> Any:
+def _table(name: str = FINDINGS) -> Any:
     _, wr = _packages()
-    return wr.WeavePanelSummaryTable(table_name=FINDINGS)
+    return wr.WeavePanelSummaryTable(table_name=name)
 
 
 def _packages() -> tuple[Any, Any]:

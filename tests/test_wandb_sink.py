@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -155,12 +156,30 @@ def check_alerts(run: OfflineRun) -> None:
     assert (second["level"], second["title"]) == ("ERROR", "❌ 3 NaN")
 
 
-def tables(folder: Path) -> list[list[list[Any]]]:
-    """The tables of findings that the only run has logged, in their order."""
-    files = folder.glob("wandb/offline-run-*/files/media/table/findings_*.table.json")
+def tables(folder: Path, key: str = "findings", columns: tuple[str, ...] = COLUMNS) -> list[list[list[Any]]]:
+    """The tables of this key that the only run has logged, in their order."""
+    files = folder.glob(f"wandb/offline-run-*/files/media/table/{key}_*.table.json")
     logged = [json.loads(file.read_text()) for file in sorted(files, key=lambda file: int(file.name.split("_")[1]))]
-    assert {tuple(table["columns"]) for table in logged} <= {COLUMNS}
+    assert {tuple(table["columns"]) for table in logged} <= {columns}
     return [table["data"] for table in logged]
+
+
+def test_an_evaluations_estimates_are_a_table_with_their_intervals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that have one, which keys of their own would be too many for; unknown ones are left out."""
+    sink = WandbSink()
+    sink.open(RUN)
+    monkeypatch.setattr(sink_module, "TABLE_SECONDS", 0.0)
+    for number in (1, 2):
+        figures = {"rgb_knows": 0.1 * number, "rgb_knows_low": 0.05, "rgb_knows_high": 0.4}
+        unknown = dict.fromkeys(("depth_knows", "depth_knows_low", "depth_knows_high"), math.nan)
+        whole = epoch(number)
+        sink.write(dataclasses.replace(whole, values={**whole.values, **figures, **unknown, "rgb_val_acc": 0.5}))
+        sink.write(step(3 * number))  # not again
+    sink.close(OUTCOME)
+    found = tables(tmp_path, "estimates", ("figure", "value", "low", "high", "step", "epoch"))
+    assert found == [[["rgb_knows", 0.1 * number, 0.05, 0.4, epoch(number).step, number]] for number in (1, 2)]
 
 
 def check_table(folder: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 import wandb
 
 from ddp_streammon import keys
-from ddp_streammon.sinks.wandb import FINDINGS, STEP_AXIS
-from ddp_streammon.workspace import main, pictures, report, workspace
+from ddp_streammon.sinks.wandb import ESTIMATES, FINDINGS, STEP_AXIS
+from ddp_streammon.workspace import EVALUATED, main, pictures, report, workspace
 from tests.fake_wandb import FakeWandb
 
 STREAMS = ("rgb", "rgb_low")
@@ -83,7 +83,8 @@ def check(spec: dict[str, Any]) -> None:
     ]
     assert all(plot["useMetricRegex"] for plot in plots)
     assert [plot["chartTitle"] for plot in plots if plot.get("yLogScale")] == [keys.GRAD_NORM, keys.UPDATE_RATIO]
-    assert f'"val": "{FINDINGS}"' in json.dumps(spec)
+    for key in (FINDINGS, ESTIMATES):
+        assert f'"val": "{key}"' in json.dumps(spec)
     assert f'"summary:{keys.VERDICT}": true' in json.dumps(spec)
 
 
@@ -91,9 +92,9 @@ def test_both_are_built_without_a_server(package: None, monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
     view = workspace("team", "project")
     check(json.loads(view._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)))
-    assert [section.name for section in view.sections] == ["Findings", *pictures()]
+    assert [section.name for section in view.sections] == ["Findings", *pictures(), EVALUATED]
     blocks = report("team", "project").blocks
-    assert [block.text for block in blocks if type(block).__name__ == "H1"] == ["Findings", *pictures()]
+    assert [block.text for block in blocks if type(block).__name__ == "H1"] == ["Findings", *pictures(), EVALUATED]
 
 
 def test_both_are_saved_in_the_project(server: FakeWandb, capsys: pytest.CaptureFixture[str]) -> None:

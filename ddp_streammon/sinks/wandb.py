@@ -29,16 +29,18 @@ STEP_AXIS = "trainer/step"
 _STEP_SECTIONS = (*(place for place in keys.WANDB_FIGURES.values() if "/" not in place), "rank")
 EPOCH_SECTIONS = ("overfit", "probe", "health")
 """What is drawn over epochs; all else over steps."""
-FINDINGS = "findings"
-"""The key of the table."""
+FINDINGS, ESTIMATES = "findings", "estimates"
+"""The keys of the tables."""
+_ESTIMATE = ("figure", "value", "low", "high", "step", "epoch")
+"""The columns of the estimates."""
 _NOT_SHOWN = frozenset({keys.EPOCH, keys.STOP, "step"})
 _ALERT_LEVELS = {Severity.warning: "WARN", Severity.error: "ERROR"}
 _TITLE_LENGTH = 60
 """W&B wants less than 64 characters."""
 _VERDICT_LENGTH = 300
 TABLE_SECONDS = 120.0
-"""The table of findings is written so often at most while the run is on: each is an artifact of its own, and takes
-0.4 s in which rows wait that a kill would lose."""
+"""The tables are written so often at most while the run is on: each is an artifact of its own, and takes 0.4 s in which
+rows wait that a kill would lose."""
 _INIT_SECONDS = 20
 """How long a server may keep rank 0 (and, at the next collective, everybody) waiting."""
 _EXTRA_SETTINGS = {"finish_timeout": 15, "x_transaction_log_flush_interval": 1, "x_file_stream_transmit_interval": 2}
@@ -59,8 +61,9 @@ class WandbSink:
     that he commits) or, as W&B advises, an axis of his own by `define_metric`.
 
     W&B shows at most 20 figures a stream (`keys.wandb_key`), the JSONL record has all; beside them the verdict in one
-    line (`health/verdict`), a table `findings`, written anew when one is raised or cleared, at most every
-    `TABLE_SECONDS`, and with the last rows, and alerts at `Pace`, with the override in the text.
+    line (`health/verdict`); a table `findings` and one of the last evaluation's `estimates` with their 95 % intervals,
+    written anew when there is news, at most every `TABLE_SECONDS`, and with the last rows; and alerts at `Pace`, with
+    the override in the text.
 
     A run of our own resumes by its id: keep `run_id` in the checkpoint and pass it back. A server that cannot
     be reached is one warning and an offline run, which `wandb sync` uploads later.
@@ -121,8 +124,10 @@ class WandbSink:
         self._shown_until: dict[str, int] = {}
         if record is not None:
             self._remember(Path(record))
+        self._estimates: list[list[Any]] = []
+        """Of the last evaluation, those that are in no table yet."""
         self._tabled = self._ledger.changes, time.monotonic()
-        """How many changes the last table held, and when it was written."""
+        """How many changes the last table of findings held, and when tables were written."""
 
     def open(self, run: RunInfo) -> None:
         """Take the active run or make one; declare the axes."""
@@ -171,9 +176,9 @@ class WandbSink:
         if is_due:
             self._log_values(report)
         self._alert(news)
-        changes, written = self._tabled
-        if self._ledger.changes != changes and time.monotonic() - written >= TABLE_SECONDS:
-            self._log_table()
+        self._estimates = _estimates(report) or self._estimates
+        if time.monotonic() - self._tabled[1] >= TABLE_SECONDS:
+            self._log_tables()
 
     def close(self, outcome: Outcome) -> None:
         """Write the table of findings and the summary; finish the run if it is ours."""
@@ -279,15 +284,27 @@ class WandbSink:
         self._alert(self._ledger.rest(outcome.findings))
         summary = {**self._chosen(outcome.summary), keys.VERDICT: self._verdict(outcome.exit_code)}
         self._run.summary.update(summary)
-        self._log_table()
+        self._log_tables(last=True)
 
-    def _log_table(self) -> None:
-        """The findings so far, where there are any."""
-        rows = self._ledger.rows()
-        if rows:
-            table = self._wandb.Table(columns=list(COLUMNS), data=rows, allow_mixed_types=True)
-            self._run.log({FINDINGS: table}, commit=self._commit)
+    def _log_tables(self, *, last: bool = False) -> None:
+        """The findings so far, where there is news or it is the last time, and the estimates since the last table."""
+        found = self._ledger.rows() if last or self._ledger.changes != self._tabled[0] else []
+        for key, columns, rows in ((FINDINGS, COLUMNS, found), (ESTIMATES, _ESTIMATE, self._estimates)):
+            if rows:
+                table = self._wandb.Table(columns=list(columns), data=rows, allow_mixed_types=True)
+                self._run.log({key: table}, commit=self._commit)
+        self._estimates = []
         self._tabled = self._ledger.changes, time.monotonic()
+
+
+def _estimates(report: Report) -> list[list[Any]]:
+    """Rows of the figures that have an interval."""
+    bounds = {key: [keys.bound(key, which) for which in (keys.LOW, keys.HIGH)] for key in report.values}
+    return [
+        [key, *(float(report.values[of]) for of in (key, *pair)), report.step, report.epoch]
+        for key, pair in bounds.items()
+        if report.values.keys() >= {*pair} and not math.isnan(report.values[key])
+    ]
 
 
 def over_ranks(values: Mapping[str, float], streams: tuple[str, ...]) -> dict[str, float]:
