@@ -193,6 +193,14 @@ def test_the_table_has_a_line_for_each_monitor() -> None:
     )
 
 
+def test_the_table_of_parts_counts_runs_and_what_was_named() -> None:
+    assert scoring.by_part("m", RUNS).splitlines()[2:] == [
+        "| model | 1 | 2 of 3 | 2 of 3 | - | 4 |",
+        "| optimizer | 1 | 2 of 2 | - | - | 140 |",
+        "| ranks | 1 | 1 of 1 | - | 1 of 1 | 50 |",
+    ]
+
+
 def test_what_went_wrong_is_listed() -> None:
     lines = scoring.detail("m", RUNS).splitlines()
     assert lines[0] == "frozen_first seed 1: 1 false"

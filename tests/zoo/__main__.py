@@ -20,7 +20,10 @@ def main() -> None:
     run.add_argument("--jobs", type=int, default=1, help="groups of processes at the same time")
     run.add_argument("--out", type=Path, help="a JSON file for score and table")
     run.add_argument("-v", "--verbose", action="store_true", help="every verdict of every run")
-    for name, text in (("score", "figures, and every run that went wrong"), ("table", "a line a monitor, markdown")):
+    for name, text in (
+        ("score", "figures, and every run that went wrong"),
+        ("table", "a line a monitor, and a part, markdown"),
+    ):
         command = commands.add_parser(name, help=text)
         command.add_argument("files", nargs="+", type=Path)
     commands.add_parser("list", help="the cases and what is expected of each")
@@ -70,6 +73,8 @@ def main() -> None:
         for monitor in scoring.monitors(runs):
             print(f"{monitor}\n{scoring.detail(monitor, runs)}\n")
     print(scoring.table(scoring.score(monitor, runs) for monitor in scoring.monitors(runs)))
+    for monitor in scoring.monitors(runs):
+        print(f"\n{monitor}\n{scoring.by_part(monitor, runs)}")
 
 
 if __name__ == "__main__":

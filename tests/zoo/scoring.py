@@ -224,6 +224,35 @@ def table(scores: Iterable[Score]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def by_part(monitor: str, runs: Iterable[Run]) -> str:
+    """Markdown, a line for each part of a training that faults are planted in: how many runs are found, of those that
+    have one the stream and the rank named, and the steps until then."""
+    parts: dict[str, list[tuple[Case, Judgement]]] = {}
+    for run in runs:
+        case = CASES[run.case]
+        if monitor in run.verdicts and case.expect is not None:
+            part = case.program.__module__.rpartition(".")[2].removeprefix("faults_")
+            parts.setdefault(part, []).append((case, judge(case, run.streams, run.verdicts[monitor])))
+    head = ("fault in", "faults", "runs found", "stream named", "rank named", "median delay")
+    lines = [head, ("---",) * len(head)]
+    for part, judged in sorted(parts.items()):
+        delays = [said.delay for _, said in judged if said.delay is not None]
+        lines.append(
+            (
+                *(part, str(len({case.name for case, _ in judged})), _of(said.hit for _, said in judged)),
+                _of(said.stream for case, said in judged if case.expect and case.expect.stream),
+                _of(said.rank for case, said in judged if case.expect and case.expect.rank is not None),
+                f"{statistics.median(delays):g}" if delays else "-",
+            )
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _of(outcomes: Iterable[bool]) -> str:
+    known = list(outcomes)
+    return f"{sum(known)} of {len(known)}" if known else "-"
+
+
 def _plain(share: Estimate) -> str:
     return f"{share.value:.2f}" if share.items else "-"
 
