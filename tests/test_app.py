@@ -18,7 +18,7 @@ from ddp_streammon import __version__, keys
 from ddp_streammon.replay import main as replay_main
 from ddp_streammon.report.__main__ import main as report_main
 from ddp_streammon.sinks import read_jsonl
-from ddp_streammon.sinks.wandb import FINDINGS
+from ddp_streammon.sinks.wandb import ESTIMATES, FINDINGS
 from ddp_streammon.train.__main__ import main as train_main
 from tests.application import EVERYTHING, SHORT, command
 from tests.read_wandb import read_run
@@ -123,7 +123,7 @@ def test_wandb_shows_at_most_20_figures_a_stream_and_no_two_under_one_key(main_j
     shown = [name for key in measured if (name := keys.wandb_key(key, ("fou", "pix"))) is not None]
     assert len(set(shown)) == len(shown)
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    logged = {key for row in read_run(file).history for key in row if not key.startswith(("_", FINDINGS))}
+    logged = {key for row in read_run(file).history for key in row if not key.startswith(("_", FINDINGS, ESTIMATES))}
     own = {keys.VERDICT, keys.EPOCH}
     count = Counter(
         key.rsplit("/", 1)[1] for key in logged - own if key.split("/")[0] not in ("train", "ratio", "trainer")
