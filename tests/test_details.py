@@ -220,7 +220,7 @@ def test_forwards_that_are_transformed_or_traced_go_through_and_are_left_out(rec
 
     of_each = vmap(grad(loss), in_dims=(None, 0, 0, 0))(dict(inner.named_parameters()), rgb, depth, target)
     loss_of(inner, (rgb, depth, target)).backward()
-    torch.export.export(inner, (rgb, depth))
+    torch.export.export(inner, (rgb, depth), strict=False)
     torch.jit.trace(inner, (rgb, depth), check_trace=False)
     monitor.step(loss=1.0)
     monitor.close()
