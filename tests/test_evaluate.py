@@ -373,6 +373,15 @@ def test_a_forward_that_writes_into_its_batch_is_given_a_copy_each_time(kind: st
     assert all(map(torch.equal, before, (*val.tensors, *train.tensors)))
 
 
+def test_under_inference_mode_it_finds_the_same() -> None:
+    val, train = data(45, 1, "rgb", "depth"), data(160, 2, "rgb", "depth")
+    expected = watched(fitted("rgb", "depth")).evaluate(loader(val), train=loader(train))
+    monitor = watched(fitted("rgb", "depth"))
+    with torch.inference_mode():
+        found = monitor.evaluate(loader(val), train=loader(train))
+    assert found.figures == pytest.approx(expected.figures, **EXACT, nan_ok=True)
+
+
 class Recurrent(Net):
     """The head reads the state of rgb's GRU, which has the items in its second dimension."""
 

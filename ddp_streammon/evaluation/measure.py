@@ -244,7 +244,7 @@ class _Pass:
             first = map_tensors(batch, Tensor.clone)
             with features.recording():
                 whole = self._attempt(first)
-            self._writes = not self._pace.agree(all(tensor._version == 0 for tensor in tensors_of(first)))
+            self._writes = not self._pace.agree(not any(map(_written, tensors_of(first))))
             if not self._writes:
                 return first, whole
             features.copies_inputs = True
@@ -269,6 +269,11 @@ class _Pass:
             return found
 
         return self._pace.attempt(run, batch)
+
+
+def _written(tensor: Tensor) -> bool:
+    """Whether a fresh tensor was written into; under `torch.inference_mode` that is not known."""
+    return not tensor.is_inference() and tensor._version > 0
 
 
 def _took_along(whole: Scored, found: Scored) -> bool:
