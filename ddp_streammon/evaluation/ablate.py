@@ -205,6 +205,8 @@ class _Encoder:
         try:
             found = tensors_of(self._original(*args, **kwargs))
         except Exception:  # it takes batches of one size only, say
+            if self._features.in_step:
+                raise
             return False
         if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
             return False
@@ -256,6 +258,7 @@ class Features:
         *,
         by_input: frozenset[str] = frozenset(),
         means: Means | None = None,
+        in_step: bool = False,
     ) -> None:
         modules = {".".join(path): module for path, module in walk(streams.model)}
         for name in names:
@@ -266,6 +269,8 @@ class Features:
                     "e.g. streams={'rgb': model.rgb_encoder}"
                 )
         self.agree = agree
+        self.in_step = in_step
+        """Whether forwards hold collectives: what ends one is told to the other ranks."""
         self.by_input = by_input
         self.means: Means = means or {}
         self.variant: Variant | None = None

@@ -29,7 +29,7 @@ from ddp_streammon.evaluation.rows import (
 )
 from ddp_streammon.evaluation.scores import Score, Scored, scored, to_device
 from ddp_streammon.evaluation.table import Table
-from ddp_streammon.evaluation.together import Apart, Stranded, describe, pace_of, raise_together
+from ddp_streammon.evaluation.together import Apart, Lockstep, Stranded, describe, pace_of, raise_together
 from ddp_streammon.streams import StreamSet
 
 Observer: TypeAlias = "Callable[[Items, int, Features, Scored], None]"
@@ -164,7 +164,12 @@ class _Pass:
         by_input = frozenset(plan.swap)
         means = {call: [self._on_device(mean) for mean in own] for call, own in plan.means.items()}
         self._features = features = Features(
-            self._streams, with_roots, self._pace.agree, by_input=by_input, means=means
+            self._streams,
+            with_roots,
+            self._pace.agree,
+            by_input=by_input,
+            means=means,
+            in_step=isinstance(self._pace, Lockstep),
         )
         with features.installed():
             for split, items in splits.items():
