@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddp_streammon.ranks import Clock, RankFacts
+from ddp_streammon.rank_facts import RankFacts
+from ddp_streammon.ranks import Clock
 from ddp_streammon.streams import StreamSet
 
 MODED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ddp_streammon.moments import SampleReader, sample
-from ddp_streammon.ranks import INPUT_CELLS
+from ddp_streammon.rank_facts import INPUT_CELLS
 from ddp_streammon.shards import local
 from ddp_streammon.streams import StreamSet, unwrap
 
@@ -126,7 +126,7 @@ class Inputs:
         """What was seen since the last time, in place. The same operations each time, on the same memory.
 
         Shape: `places` [2 S x place_cells], as `begin` said them; `cells` [S x INPUT_CELLS] float64, of each stream as
-        `ranks.StreamInput.of_cells` reads them.
+        `rank_facts.StreamInput.of_cells` reads them.
         """
         self._reader.add_all(places)
         rows, seen = cells.view(self._number, INPUT_CELLS), self._seen.view(self._number, 2, sample.COLUMNS)

@@ -103,7 +103,7 @@ def steps_of(stats: StepStats) -> dict[str, NoiseStep]:
     """
     if not stats.local:
         return {}
-    samples = [facts.samples for facts in stats.rank_facts]
+    samples = stats.rank_facts.samples
     if not all(number > 0 for number in samples):
         return {}
     of_one = statistics.harmonic_mean(samples)

@@ -146,26 +146,61 @@ class Layout:
     def unpack(self, packet: Tensor, turn: int = 0) -> dict[str, Any]:
         """The fields of a packet as floats in nested lists of their shapes, raw ones as tensors.
 
-        Slots have the ranks that were heard, in their order, as a last dimension. Sync: waits for a packet that is
-        not on the host.
+        Slots have the ranks that were heard, in their order, as a last dimension; of the shape (n,) they are `Slots`.
+        Sync: waits for a packet that is not on the host.
         """
-        cells = packet.tolist()
+        cells = array("d", bytes(CELL_BYTES * len(packet)))
+        torch.frombuffer(cells, dtype=torch.float64).copy_(packet)
         plain, slots = self._runs
         fields: dict[str, Any] = {
-            field.name: packet[start:stop].view(field.shape) if field.raw else _shaped(cells[start:stop], field.shape)
+            field.name: packet[start:stop].view(field.shape)
+            if field.raw
+            else _shaped(cells[start:stop].tolist(), field.shape)
             for field, start, stop in plain
         }
-        if slots:
-            first, slot = plain[-1][2] if plain else 0, self.slot_size
-            sent = cells[first : first + len(self.heard(turn)) * slot]
-            for field, start, stop in slots:
-                fields[field.name] = _shaped([sent[cell::slot] for cell in range(start, stop)], field.shape)
+        first, ranks = plain[-1][2] if plain else 0, len(self.heard(turn))
+        for field, start, stop in slots:
+            own = Slots(cells, first + start, self.slot_size, columns=stop - start, ranks=ranks)
+            fields[field.name] = own if len(field.shape) == 1 else _shaped([*own], field.shape)
         return fields
 
     @cached_property
     def _runs(self) -> tuple[list[tuple[Field, int, int]], list[tuple[Field, int, int]]]:
         """Where the plain fields are, and where the others are within a rank's slots."""
         return _placed(self.plain), _placed(self.slots)
+
+
+class Slots(Sequence[Sequence[float]]):
+    """A field of the slots of several ranks: for each of its cells the ranks' numbers, read when they are asked for."""
+
+    def __init__(self, cells: array[float], first: int, step: int, *, columns: int, ranks: int) -> None:
+        """The `columns` cells from `first` on are the first rank's, those from `first` + `step` on the next one's."""
+        self._cells = cells
+        self._first = first
+        self._step = step
+        self._columns = columns
+        self._ranks = ranks
+
+    @classmethod
+    def of_ranks(cls, rows: Sequence[Sequence[float]]) -> Slots:
+        """From each rank's cells, equally many."""
+        columns = len(rows[0]) if rows else 0
+        cells = array("d", [cell for row in rows for cell in row])
+        return cls(cells, 0, columns, columns=columns, ranks=len(rows))
+
+    def __len__(self) -> int:
+        return self._columns
+
+    def __getitem__(self, column: Any) -> Any:
+        if not 0 <= column < self._columns:
+            raise IndexError(f"no cell {column} in slots of {self._columns}")
+        first = self._first + column
+        return self._cells[first : first + self._step * self._ranks : self._step or 1]
+
+    def of_rank(self, place: int) -> Sequence[float]:
+        """The cells of the rank at that place among those heard."""
+        first = self._first + place * self._step
+        return self._cells[first : first + self._columns]
 
 
 def _shaped(items: list[Any], shape: tuple[int, ...]) -> Any:

@@ -34,7 +34,7 @@ class Proof:
 
     def take(self, step: StepStats, shown: Sequence[float]) -> bool:
         """Take over what an audit has found; `shown`: the sums of `shown_cells`. Whether anything is new."""
-        heard = {facts.rank for facts in step.rank_facts}
+        heard = set(step.rank_facts.numbers)
         found = iter(step.replicas)
         cells = iter(shown)
         known = iter(self._equal)

@@ -1,8 +1,4 @@
-"""What ranks say of themselves, and whether those that should hold the same numbers do.
-
-What each rank says in each step is not frozen: making a frozen dataclass takes four times as long, and a step of 64
-ranks has hundreds. Nobody changes them.
-"""
+"""Ranks' own gradients, whether those that should hold the same numbers do, and how long their steps take."""
 
 from __future__ import annotations
 
@@ -11,154 +7,17 @@ import math
 import time
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ddp_streammon.moments.sample import BAD, BITS, COUNT, MODULUS
+from ddp_streammon.moments.sample import MODULUS
 from ddp_streammon.shards import Family
 
-_OTHERS = 5
-"""Cells of `RankFacts` beside the streams' learning rates and weight decays."""
 _FACTOR = 1_000_003
-
-
-@dataclass(slots=True)
-class StreamInput:
-    """A rank's inputs of one stream in a step, from samples (inputs.py); nan where there were none.
-
-    `calls` of the stream's root module; mean and standard deviation (nan for integers), and the largest absolute value,
-    of its finite inputs; how many are not finite; 1 where all items of each call are equal; and mean and standard
-    deviation of what its first linear or convolution layer sees.
-    """
-
-    calls: float = 0.0
-    mean: float = math.nan
-    std: float = math.nan
-    abs_max: float = math.nan
-    nonfinite: float = math.nan
-    constant: float = math.nan
-    first_mean: float = math.nan
-    first_std: float = math.nan
-
-    @classmethod
-    def of_cells(cls, cells: Sequence[float]) -> StreamInput:
-        """From `INPUT_CELLS` cells: calls, the figures of the root's samples (`moments.sample`), and the first three of
-        those of the first layer's."""
-        calls, total, squares, count, bad, constant, _, abs_max, first_total, first_squares, first_count = cells
-        if not count + bad:
-            return cls(calls)
-        mean, std = _mean_and_std(total, squares, count)
-        first_mean, first_std = _mean_and_std(first_total, first_squares, first_count)
-        return cls(calls, mean, std, abs_max, bad, float(constant == calls), first_mean, first_std)
-
-
-def _mean_and_std(total: float, squares: float, count: float) -> tuple[float, float]:
-    if not count:
-        return math.nan, math.nan
-    mean = total / count
-    square = squares / count - mean * mean
-    return mean, 0.0 if square < 0 else math.sqrt(square)
-
-
-INPUT_CELLS = 11
-"""Of each stream's inputs."""
-
-
-@dataclass(slots=True)
-class RankDetail:
-    """What the evidence rules ask of a rank beside its `RankFacts`. nan: not known.
-
-    `loss`: its own mean; `in_eval`: the share of its dropout and batch norm modules that are in eval mode (nan without
-    such modules); `batch`: a number that is the same for the same batch; of each stream `base_lr`: the learning rate
-    that a scheduler started from; `weights`: a number that is the same for the same sampled weights; `moved`: the norm
-    of their last change; `inputs`.
-    """
-
-    loss: float
-    in_eval: float
-    batch: float
-    base_lr: tuple[float, ...]
-    weights: tuple[float, ...]
-    moved: tuple[float, ...]
-    inputs: tuple[StreamInput, ...]
-
-    @staticmethod
-    def cell_count(streams: int) -> int:
-        """How many cells it takes."""
-        return _DETAILS + streams * (3 + INPUT_CELLS)
-
-    @classmethod
-    def of_cells(cls, cells: Sequence[float], streams: int) -> RankDetail:
-        """From loss, share in eval mode, base learning rates, (weights, moved) of each stream, and inputs."""
-        of_weights = 2 + streams
-        of_inputs = of_weights + 2 * streams
-        base = tuple(cells[2:of_weights])
-        weights, moved = tuple(cells[of_weights:of_inputs:2]), tuple(cells[of_weights + 1 : of_inputs : 2])
-        rows = [cells[start : start + INPUT_CELLS] for start in range(of_inputs, len(cells), INPUT_CELLS)]
-        seen = [row for row in rows if row[1 + COUNT] + row[1 + BAD]]
-        batch = sum(row[1 + BITS] for row in seen) % MODULUS if seen else math.nan
-        return cls(cells[0], cells[1], batch, base, weights, moved, tuple(map(StreamInput.of_cells, rows)))
-
-
-_DETAILS = 2
-"""Cells of `RankDetail` beside the streams'."""
-
-
-@dataclass(slots=True)
-class RankFacts:
-    """What a rank says of itself. nan: it did not say.
-
-    `lr` and `weight_decay` of each stream; `training`: 1 in training mode, 0 in eval mode; `samples` of this step;
-    `step_seconds` since its last measured call of `step` (nan at the first), of which `busy_seconds` until the last
-    forward of each call had ended: data, forward and the optimizer, before it could wait for others.
-    """
-
-    rank: int
-    lr: tuple[float, ...]
-    weight_decay: tuple[float, ...]
-    training: float
-    samples: float
-    step_seconds: float
-    busy_seconds: float
-    detail: RankDetail | None = None
-    """What the evidence rules ask for beside; None where they are off."""
-
-    def cells(self) -> list[float]:
-        """As slots of a packet: 2 S + 5 cells."""
-        others = (self.training, self.samples, self.step_seconds, self.busy_seconds)
-        return [1.0, *others, *self.lr, *self.weight_decay]
-
-    @classmethod
-    def of_cells(cls, rank: int, cells: Sequence[float], detail: Sequence[float] | None = None) -> RankFacts | None:
-        """The inverse of `cells`, with the cells of its `RankDetail` where there are any; None for a rank that took no
-        part."""
-        present, training, samples, step_seconds, busy_seconds = cells[:_OTHERS]
-        if not present:
-            return None
-        streams = (len(cells) - _OTHERS) // 2
-        lr, weight_decay = tuple(cells[_OTHERS : _OTHERS + streams]), tuple(cells[_OTHERS + streams :])
-        of_detail = None if detail is None else RankDetail.of_cells(detail, streams)
-        return cls(rank, lr, weight_decay, training, samples, step_seconds, busy_seconds, of_detail)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RankFacts:
-        """The inverse of `dataclasses.asdict`."""
-        detail = values["detail"]
-        if detail is not None:
-            inputs = tuple(StreamInput(**of) for of in detail["inputs"])
-            of_streams = {name: tuple(detail[name]) for name in ("base_lr", "weights", "moved")}
-            detail = RankDetail(**{**detail, **of_streams, "inputs": inputs})
-        pairs = {name: tuple(values[name]) for name in ("lr", "weight_decay")}
-        return cls(**{**values, **pairs, "detail": detail})
-
-    @staticmethod
-    def cell_count(streams: int) -> int:
-        """How many cells the facts of a rank take."""
-        return 2 * streams + _OTHERS
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -19,7 +19,8 @@ from torch import Tensor
 from ddp_streammon import keys
 from ddp_streammon.moments import ABS_MAX, ELEMENTS, NONFINITE, SQ_SUM, SUM, TENSORS
 from ddp_streammon.packet import Field, Layout
-from ddp_streammon.ranks import LocalNorms, RankDetail, RankFacts, Replicas, compared
+from ddp_streammon.rank_facts import RankDetail, RankFacts, Ranks
+from ddp_streammon.ranks import LocalNorms, Replicas, compared
 from ddp_streammon.shards import Family
 
 
@@ -126,7 +127,7 @@ class StepStats:
     """Ranks that sent a non-finite number (a loss, say)."""
     scaled: bool
     """Whether a GradScaler was in charge: a non-finite gradient then means a skipped step, not a fault."""
-    rank_facts: tuple[RankFacts, ...] = ()
+    rank_facts: Ranks = field(default_factory=Ranks)
     """What the ranks that were heard say of themselves."""
     local: tuple[LocalNorms, ...] = ()
     """The ranks' own gradients, of those that were heard, where they are measured."""
@@ -166,7 +167,8 @@ class StepStats:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        of_ranks = [asdict(facts) for facts in self.rank_facts]
+        return asdict(replace(self, rank_facts=Ranks())) | {"rank_facts": of_ranks}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StepStats:
@@ -181,7 +183,7 @@ class StepStats:
                 "scalars": {name: Scalar(**scalar) for name, scalar in values["scalars"].items()},
                 "nonfinite_ranks": tuple(values["nonfinite_ranks"]),
                 "unplanned": tuple(values["unplanned"]),
-                "rank_facts": tuple(RankFacts.from_dict(facts) for facts in values["rank_facts"]),
+                "rank_facts": Ranks.of_rows([RankFacts.from_dict(facts) for facts in values["rank_facts"]]),
                 "local": tuple(
                     LocalNorms(of["rank"], tuple(of["norms"]), tuple(of["nonfinite"]), of["parameter"])
                     for of in values["local"]
@@ -340,11 +342,7 @@ def step_stats(
             update_ratio=math.sqrt(ratio(*update)) if update[1] else math.nan,
             sample=None if sampled is None else Sample.of_sums(sampled, ranks),
         )
-    facts_of = zip(*sums.get(FACTS, ()), strict=True)
-    details_of = zip(*sums[DETAIL], strict=True) if DETAIL in sums else itertools.repeat(None)
-    told = zip(heard, facts_of, details_of, strict=False)
-    said = [RankFacts.of_cells(rank, facts, detail) for rank, facts, detail in told]
-    present = [facts for facts in said if facts is not None]
+    present = Ranks.of_packet(heard, sums[FACTS], sums.get(DETAIL)) if FACTS in sums else Ranks()
     epoch = float(f"{epochs / ranks:.12g}")  # the mean of equal numbers, without what adding them rounds
     return StepStats(
         step=step,
@@ -355,18 +353,15 @@ def step_stats(
             for (name, total), row in zip(scalars.items(), sums[SCALARS], strict=True)
         },
         ranks=round(alive),
-        nonfinite_ranks=tuple(rank for rank, bad in zip(heard, sums[BAD], strict=True) if bad),
+        nonfinite_ranks=tuple(itertools.compress(heard, sums[BAD])),
         scaled=scaled > 0,
         unplanned=unplanned,
-        rank_facts=tuple(present),
+        rank_facts=present,
         local=tuple(
-            LocalNorms.of_cells(facts.rank, cells)
-            for facts, cells in zip(said, zip(*sums.get(LOCAL, ()), strict=True), strict=False)
-            if facts is not None
+            LocalNorms.of_cells(rank, sums[LOCAL].of_rank(heard.index(rank)))
+            for rank in (present.numbers if LOCAL in sums else ())
         ),
-        replicas=compared(families, sums.get(CHECKSUMS, ()), streams, {facts.rank for facts in present})
-        if families
-        else (),
+        replicas=compared(families, sums.get(CHECKSUMS, ()), streams, set(present.numbers)) if families else (),
     )
 
 

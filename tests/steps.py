@@ -9,7 +9,7 @@ from typing import Any
 
 from ddp_streammon.config import Intent
 from ddp_streammon.described import Setup, StreamSetup
-from ddp_streammon.ranks import RankDetail, RankFacts, StreamInput
+from ddp_streammon.rank_facts import RankDetail, RankFacts, Ranks, StreamInput
 from ddp_streammon.rules import evidence
 from ddp_streammon.rules.engine import Engine, Rule
 from ddp_streammon.rules.finding import Finding
@@ -70,7 +70,7 @@ def step(
         of_ranks.append(dataclasses.replace(usual, **(facts or {}).get(rank, {})))
     numbers = {"loss": Scalar(loss, loss, ranks, False), "samples": Scalar(32.0 * ranks, 32.0, ranks, True)}
     numbers |= {name: Scalar(value, value, ranks, False) for name, value in (scalars or {}).items()}
-    return StepStats(number, 0.0, of_streams, numbers, ranks, (), scaled, tuple(of_ranks), **changes)
+    return StepStats(number, 0.0, of_streams, numbers, ranks, (), scaled, Ranks.of_rows(of_ranks), **changes)
 
 
 def said(

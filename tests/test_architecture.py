@@ -16,8 +16,9 @@ from ddp_streammon import keys
 
 ROOT = Path(ddp_streammon.__file__).parent
 STREET = (
-    *("version", "config", "keys", "streams", "shards", "moments", "packet", "collective", "ranks", "stats", "noise"),
-    *("weights", "proof", "power", "updates", "linear", "plan", "user_numbers", "clipping", "scaling"),
+    *("version", "config", "keys", "streams", "shards", "moments", "packet", "collective", "ranks", "rank_facts"),
+    *("stats", "noise", "weights", "proof", "power", "updates", "linear", "plan", "user_numbers", "clipping"),
+    "scaling",
     *("local_gradients", "facts", "inputs", "sampled", "details", "graphs", "measurement", "steps", "described"),
     *("evaluation", "history", "rules", "report", "sinks", "workspace"),
     *("actions", "reference", "monitor", "replay", "adapters", "train"),

@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_streammon import MonitorConfig, StreamMonitor
-from ddp_streammon.ranks import RankDetail
+from ddp_streammon.rank_facts import RankDetail
 from ddp_streammon.sampled import LAYER
 from ddp_streammon.sinks import MemorySink
 from ddp_streammon.stats import StepStats

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp_streammon import Intent, MonitorConfig, Severity, StreamMonitor
 from ddp_streammon.described import Setup, StreamSetup
-from ddp_streammon.ranks import LocalNorms, RankFacts
+from ddp_streammon.rank_facts import RankFacts, Ranks
+from ddp_streammon.ranks import LocalNorms
 from ddp_streammon.rules.engine import Engine, Rule
 from ddp_streammon.rules.finding import Finding
 from ddp_streammon.rules.of_inputs import SameBatch
@@ -202,7 +203,8 @@ def engine_of(rule: Rule, streams: Sequence[str], data_ranks: int = 64) -> Engin
 
 def step_of(step: int, local: Sequence[LocalNorms], names: Sequence[str], nonfinite: int = 0) -> StepStats:
     stream = StreamStats(1.0, 0.0, 1.0, 1.0, nonfinite=nonfinite, elements=10, tensors=2)
-    facts = tuple(RankFacts(of.rank, (), (), 1.0, 8.0, 0.1, 0.1) for of in local)
+    nan = (math.nan,) * len(names)
+    facts = Ranks.of_rows([RankFacts(of.rank, nan, nan, 1.0, 8.0, 0.1, 0.1) for of in local])
     streams = dict.fromkeys(names, stream)
     return StepStats(step, None, streams, {}, len(local), (), scaled=False, rank_facts=facts, local=tuple(local))
 
@@ -263,7 +265,7 @@ def test_what_is_small_or_rare_or_missing_is_no_outlier() -> None:
     assert outliers([[[1.0]]] * NAMED) == []
 
 
-@pytest.mark.parametrize(("ranks", "turns", "is_named"), [(3, 2, True), (3, 4, False), (MANY, 9, True)])
+@pytest.mark.parametrize(("ranks", "turns", "is_named"), [(3, 7, True), (3, 8, False), (MANY, 20, True)])
 def test_ranks_heard_in_turns_are_compared_within_their_turn(ranks: int, turns: int, is_named: bool) -> None:
     """Few ranks need a whole window of their own, of many a part is enough."""
     steps = []

@@ -25,7 +25,8 @@ from ddp_streammon import MonitorConfig, RuleSet, StreamMonitor, stats
 from ddp_streammon.config import Intent
 from ddp_streammon.described import Setup
 from ddp_streammon.packet import CELL_BYTES, LIMIT_BYTES, Layout
-from ddp_streammon.ranks import RankFacts, Replicas
+from ddp_streammon.rank_facts import RankFacts, Ranks
+from ddp_streammon.ranks import Replicas
 from ddp_streammon.rules.engine import Engine
 from ddp_streammon.rules.finding import Finding
 from ddp_streammon.rules.of_inputs import OtherScale, SameBatch
@@ -330,7 +331,7 @@ def standing(facts_at: Callable[[int], list[RankFacts]], steps: int = 100) -> li
     result: list[Finding] = []
     for number in range(1, steps + 1):
         facts = facts_at(number)
-        stats = StepStats(number, None, {}, {}, len(facts), (), False, rank_facts=tuple(facts))
+        stats = StepStats(number, None, {}, {}, len(facts), (), False, rank_facts=Ranks.of_rows(facts))
         result = engine.take(stats)
     return result
 
@@ -346,6 +347,23 @@ def test_ranks_that_are_heard_in_turn_are_compared_with_those_of_their_turn() ->
     (finding,) = standing(lambda number: turn(number, 0.09))
     assert (finding.rule, finding.rank) == ("SLOW", 8)
     assert standing(lambda number: turn(number, 0.09 if number <= 100 else 0.03), 200) == []
+
+
+def test_of_thousands_of_ranks_the_odd_one_is_named_though_it_is_heard_every_thirty_steps() -> None:
+    odd = {"details": {2: {"loss": 4.0}}, "facts": {2: {"busy_seconds": 0.09}}, "inputs": {("pix", 2): {"std": 30.0}}}
+    rules = [OtherLoss(), Slow(), OtherScale()]
+    engine = Engine(rules, setup(120), Intent())
+    told: dict[int, set[str]] = {}
+    for number in range(1, 1500):
+        first = number % 30 * 4
+        stats = step(number, 4, **(odd if first == 8 and number <= 750 else {}))
+        heard = [dataclasses.replace(facts, rank=first + facts.rank) for facts in stats.rank_facts]
+        found = engine.take(dataclasses.replace(stats, rank_facts=Ranks.of_rows(heard)))
+        assert {finding.rank for finding in found} <= {10}
+        told[number] = {finding.rule for finding in found}
+    assert told[750] == {"LOSS", "SLOW", "INR"}
+    assert sum(told[number] != told[number - 1] for number in range(2, 751)) <= 3  # raised, and never cleared between
+    assert told[1499] == set()
 
 
 def test_the_first_step_tells_no_pace() -> None:

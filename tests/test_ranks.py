@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddp_streammon.ranks import Clock, RankFacts, Replicas, bit_sum, compared, outvoted
+from ddp_streammon.ranks import Clock, Replicas, bit_sum, compared, outvoted
 from ddp_streammon.shards import Family
 
 CPU = torch.device("cpu")
@@ -162,26 +162,6 @@ def test_sparse_and_lazily_conjugated_or_negated_tensors_count_as_what_they_stan
     assert sum_of(waves.conj()) == sum_of(waves.conj().resolve_conj()) != sum_of(waves)
     assert waves.conj().imag.is_neg()
     assert sum_of(waves.conj().imag) == sum_of(-waves.imag)
-
-
-# Facts ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("streams", [1, 2, 5])
-def test_facts_come_back_from_their_cells(streams: int) -> None:
-    facts = RankFacts(3, tuple(0.1 * s for s in range(streams)), tuple(float(s) for s in range(streams)), 1, 32, 2, 0.5)
-    cells = facts.cells()
-    assert len(cells) == RankFacts.cell_count(streams)
-    assert RankFacts.of_cells(3, cells) == facts
-    assert RankFacts.of_cells(3, [0.0] * len(cells)) is None
-
-
-def test_what_a_rank_does_not_say_stays_unsaid() -> None:
-    facts = RankFacts.of_cells(0, RankFacts(0, (math.nan,), (0.0,), 0, math.nan, math.nan, math.nan).cells())
-    assert facts is not None
-    assert math.isnan(facts.lr[0])
-    assert math.isnan(facts.samples)
-    assert facts.training == 0.0
 
 
 # Clock ------------------------------------------------------------------------------------------------------------

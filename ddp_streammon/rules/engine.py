@@ -320,7 +320,7 @@ class Engine:
     ) -> None:
         """`known`: the streams and ranks of which a run of this rule is kept."""
         signals = {(signal.stream, signal.rank): signal for signal in found}
-        heard = view.heard(len(view.steps) if rule.every > 1 else 1)  # windows hold other turns' ranks, too
+        heard = view.heard(rule.every)
         for stream, rank in dict.fromkeys((*signals, *known)):
             if rank is not None and rank not in heard and (stream, rank) not in signals:
                 continue  # not its turn: nothing is known of it

@@ -6,13 +6,16 @@ import itertools
 import math
 import statistics
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import truediv
 from typing import ClassVar
 
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
-from ddp_streammon.ranks import LocalNorms, RankFacts, StreamInput
+from ddp_streammon.moments.sample import BITS, CONSTANT, COUNT, SQ_SUM, SUM
+from ddp_streammon.rank_facts import RankFacts, StreamInput
+from ddp_streammon.ranks import LocalNorms
 from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
 from ddp_streammon.rules.signals import few
 from ddp_streammon.rules.view import View
@@ -41,17 +44,16 @@ class _Empty(Rule):
             absent = present is not None and present.mean == 0
             if stream in view.intent.auxiliary or absent:
                 continue
-            given = view.inputs(stream)
-            bad = [rank for rank, of in given.items() if self.empty(view, stream, rank, of)]
-            if bad and len(bad) == len(given) == len(view.now.rank_facts):
+            bad = self.empty(view, stream)
+            if bad and len(bad) == len(view.ranks):
                 yield self.signal(stream, None, "every rank" if len(bad) > 1 else few(bad))
             else:
                 for rank in bad:
                     yield self.signal(stream, rank, few([rank]))
 
     @abstractmethod
-    def empty(self, view: View, stream: str, rank: int, of: StreamInput) -> bool:
-        """Whether the stream's input says nothing on this rank."""
+    def empty(self, view: View, stream: str) -> list[int]:
+        """The ranks on which the stream's input says nothing."""
 
     @abstractmethod
     def signal(self, stream: str, rank: int | None, where: str) -> Signal:
@@ -64,8 +66,8 @@ class ZeroInput(_Empty):
 
     id: ClassVar[str] = "INZ"
 
-    def empty(self, view: View, stream: str, rank: int, of: StreamInput) -> bool:
-        return of.abs_max == 0
+    def empty(self, view: View, stream: str) -> list[int]:
+        return view.ranks.without_input(view.number(stream))
 
     def signal(self, stream: str, rank: int | None, where: str) -> Signal:
         return Signal(
@@ -87,10 +89,14 @@ class ConstantInput(_Empty):
 
     hold: int = 3
 
-    def empty(self, view: View, stream: str, rank: int, of: StreamInput) -> bool:
-        if of.constant != 1 or not of.abs_max > 0:
-            return False
+    def empty(self, view: View, stream: str) -> list[int]:
         number = view.number(stream)
+        if not any(view.ranks.of_input(number, CONSTANT)):
+            return []
+        bad = [rank for rank, of in view.ranks.inputs(number) if of.constant == 1 and of.abs_max > 0]
+        return [rank for rank in bad if self._lasts(view, rank, number)]
+
+    def _lasts(self, view: View, rank: int, number: int) -> bool:
         means = view.of_rank(rank, lambda facts: _input(facts, number).mean, 2)
         peaks = view.of_rank(rank, lambda facts: _input(facts, number).abs_max, 2)
         return len(set(means)) <= 1 and len(set(peaks)) == 1 and len(peaks) == min(2, len(view.steps))
@@ -129,7 +135,7 @@ class Unscaled(Rule):
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
             sizes = []
-            for of in view.inputs(stream).values():
+            for _, of in view.ranks.inputs(view.number(stream)):
                 if not math.isnan(of.first_std):
                     sizes.append((abs(of.first_mean), of.first_std))
                     if max(sizes[-1]) < QUIET * self.most:
@@ -172,12 +178,12 @@ class OtherScale(Rule):
     """In standard deviations of the others' inputs: a choice."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        for places in view.turns(self.WINDOW):
-            for stream in view.streams:
-                number = view.number(stream)
-                if not self._close(view.at(places, _spread, number)):
-                    given = _given([view.steps[place] for place in places], number)
-                    yield from self._among(stream, view.of_data(given))
+        for stream in view.streams:
+            number = view.number(stream)
+            given = dict(view.together(self.every, self.WINDOW, _given, number))
+            for ranks, spreads in view.together(self.every, self.WINDOW, _spread, number):
+                if not self._close(spreads):
+                    yield from self._among(stream, view.of_data(_by_rank(ranks, given[ranks])))
 
     def _close(self, spreads: Sequence[_Spread]) -> bool:
         """Whether ranks are so close in every step that their medians cannot stand apart. Where in each step one rank
@@ -188,14 +194,13 @@ class OtherScale(Rule):
         least = min((spread.least for spread in told), default=1.0)
         return factor < self.factor**QUIET and shift < QUIET * self.shift * least
 
-    def _among(self, stream: str, given: Mapping[int, Sequence[StreamInput]]) -> Iterator[Signal]:
-        """Of ranks that are heard together."""
+    def _among(self, stream: str, given: Mapping[int, Sequence[tuple[float, float]]]) -> Iterator[Signal]:
+        """Of ranks that are heard together; `given`: mean and root mean square of the inputs of each step."""
         sizes, means = {}, {}
         for rank, inputs in given.items():
-            rms = list(filter(math.isfinite, (math.hypot(of.mean, of.std) for of in inputs)))
-            if len(rms) >= self.WINDOW // 2 and (size := statistics.median(rms)) > 0:
+            if len(inputs) >= self.WINDOW // 2 and (size := statistics.median([rms for _, rms in inputs])) > 0:
                 sizes[rank] = size
-                means[rank] = statistics.median(filter(math.isfinite, (of.mean for of in inputs)))
+                means[rank] = statistics.median([mean for mean, _ in inputs])
         if len(sizes) < 2:
             return
         odd, strength = self._odd(sizes, means)
@@ -244,25 +249,32 @@ class _Spread:
 
 
 def _spread(step: StepStats, number: int) -> _Spread:
-    given = [facts.detail.inputs[number] for facts in step.rank_facts if facts.detail is not None]
-    sizes = [math.hypot(of.mean, of.std) for of in given]
-    finite = list(filter(math.isfinite, sizes))
-    if not finite:
+    totals, squares, counts = _given(step, number)
+    if 0.0 in counts or not math.isfinite(sum(squares)):
+        known = any(math.isfinite(square) and count for square, count in zip(squares, counts, strict=True))
+        return _Spread(math.inf, math.inf, 0.0) if known else _Spread(math.nan, math.nan, math.nan)
+    if not counts:
         return _Spread(math.nan, math.nan, math.nan)
-    if len(finite) < len(sizes) or not (least := min(finite)):
-        return _Spread(math.inf, math.inf, 0.0)
-    means = [of.mean for of in given]
-    return _Spread(max(finite) / least, max(means) - min(means), least)
+    sizes, means = list(map(truediv, squares, counts)), list(map(truediv, totals, counts))
+    least = math.sqrt(min(sizes))
+    return _Spread(math.sqrt(max(sizes)) / least if least else math.inf, max(means) - min(means), least)
 
 
-def _given(steps: Iterable[StepStats], number: int) -> dict[int, list[StreamInput]]:
-    """Of each rank the inputs of a stream in the steps in which it was heard."""
-    given: dict[int, list[StreamInput]] = {}
+def _given(step: StepStats, number: int) -> tuple[Sequence[float], ...]:
+    """Of each rank the sum, the sum of squares and the number of the elements of a stream's inputs."""
+    return tuple(step.rank_facts.of_input(number, figure) for figure in (SUM, SQ_SUM, COUNT))
+
+
+def _by_rank(
+    ranks: Sequence[int], steps: Sequence[tuple[Sequence[float], ...]]
+) -> dict[int, list[tuple[float, float]]]:
+    """Of each rank mean and root mean square of its inputs in the steps in which they are known."""
+    found: dict[int, list[tuple[float, float]]] = {rank: [] for rank in ranks}
     for step in steps:
-        for facts in step.rank_facts:
-            if facts.detail is not None:
-                given.setdefault(facts.rank, []).append(facts.detail.inputs[number])
-    return given
+        for rank, total, squares, count in zip(ranks, *step, strict=False):
+            if count and math.isfinite(squares):
+                found[rank].append((total / count, math.sqrt(squares / count)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -282,9 +294,12 @@ class SameBatch(Rule):
     """A choice: chance does not do it once."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        told = view.of_data(view.details)
-        if told and len({0.0 if math.isnan(detail.batch) else detail.batch for detail in told.values()}) == len(told):
+        numbers = [view.number(stream) for stream in view.streams]
+        if any(_all_differ(view.ranks.of_input(number, BITS)) for number in numbers):
             return
+        if not all(any(view.ranks.calls(number)) for number in numbers) and _all_differ(view.ranks.loss):
+            return
+        told = view.of_data(view.details)
         by_batch: dict[tuple[float, float], list[int]] = {}
         for rank, detail in told.items():
             seen = all(detail.inputs[view.number(stream)].calls > 0 for stream in view.streams)
@@ -310,6 +325,10 @@ class SameBatch(Rule):
 
     def _change(self, batches: Sequence[float]) -> bool:
         return len(batches) < 2 or len(set(batches)) == len(batches)
+
+
+def _all_differ(values: Sequence[float]) -> bool:
+    return len(set(values)) == len(values) > 0
 
 
 def _of_one_norm(local: Sequence[LocalNorms]) -> list[int]:

@@ -15,6 +15,7 @@ from ddp_streammon.rules.engine import Kind, Rule, Signal
 from ddp_streammon.rules.of_ranks import BOTH
 from ddp_streammon.rules.signals import few
 from ddp_streammon.rules.view import View
+from ddp_streammon.stats import StepStats
 
 WINDOW = 40
 """Measured steps that are looked at together."""
@@ -23,7 +24,7 @@ ALWAYS = 0.9
 alike, each is the largest of a step with a probability of 1 / W, whatever the distribution: two are told apart by
 chance in one window of 5 million, more ranks hardly ever (the binomial tail; tests/test_own_gradient_rules.py)."""
 FEW, MANY = 12, 8
-"""So few steps do where so many ranks are compared, by the same tail: ranks heard in turns share the window."""
+"""So few steps do where so many ranks are compared, by the same tail: heard in turns, they take long to fill more."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ class Outlier(Rule):
     the root of it, where noise makes up their gradients."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        for places in view.turns(WINDOW):
-            steps = [view.steps[place].local for place in places]
+        for _, steps in view.together(self.every, WINDOW, _local):
             yield from self._among(view, [local for local in steps if local])
 
     def _among(self, view: View, steps: Sequence[Sequence[LocalNorms]]) -> Iterator[Signal]:
@@ -71,6 +71,10 @@ class Outlier(Rule):
                 strength=abs(math.log(far)) / math.log(self.factor),
                 evidence={"factor": far, "threshold": self.factor},
             )
+
+
+def _local(step: StepStats) -> Sequence[LocalNorms]:
+    return step.local
 
 
 def outlier(rows: Sequence[Sequence[float]]) -> int | None:

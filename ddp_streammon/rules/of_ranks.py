@@ -3,21 +3,23 @@ equal, and a rank that stands apart by its loss or its pace."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import ClassVar
 
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
-from ddp_streammon.ranks import RankFacts, outvoted
+from ddp_streammon.rank_facts import RankFacts
+from ddp_streammon.ranks import outvoted
 from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
 from ddp_streammon.rules.finding import Action
 from ddp_streammon.rules.of_inputs import alone, odd_one
 from ddp_streammon.rules.signals import few, single
-from ddp_streammon.rules.view import WINDOW, View
+from ddp_streammon.rules.view import WINDOW, View, alike
 from ddp_streammon.stats import StepStats
 
 FAR = 100.0
@@ -25,9 +27,9 @@ FAR = 100.0
 BOTH = "with two ranks no vote says which is wrong"
 
 
-def _known(view: View, figure: Callable[[RankFacts], float]) -> dict[int, float]:
-    said = {rank.rank: figure(rank) for rank in view.now.rank_facts}
-    return {rank: value for rank, value in said.items() if not math.isnan(value)}
+def _known(view: View, said: Sequence[float]) -> dict[int, float]:
+    """What ranks say, in their order, by rank; without those that do not know."""
+    return {rank: value for rank, value in zip(view.ranks.numbers, said, strict=False) if not math.isnan(value)}
 
 
 def _told(values: Mapping[int, float]) -> str:
@@ -46,10 +48,8 @@ def _set_to(view: View, number: int, setting: str) -> dict[int, float]:
     """What each rank has a setting of a stream set to, where it is known: of a learning rate its base, where all ranks'
     are."""
     if setting == keys.WEIGHT_DECAY:
-        return _known(view, lambda facts: facts.weight_decay[number])
-    if len(view.details) < len(view.now.rank_facts):
-        return _known(view, lambda facts: facts.lr[number])
-    return _known(view, lambda facts: math.nan if facts.detail is None else facts.detail.base_lr[number])
+        return _known(view, view.ranks.weight_decay(number))
+    return _known(view, view.ranks.base_lr(number) or view.ranks.lr(number))
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,14 @@ class OtherSettings(Rule):
     preflight: ClassVar[bool] = True
 
     def check(self, view: View) -> Iterator[Signal]:
-        first, *others = view.now.rank_facts
-        if all(rank.lr == first.lr and rank.weight_decay == first.weight_decay for rank in others):
-            return
         for number, stream in enumerate(view.now.streams):
-            for setting, word, of in (
-                (keys.LEARNING_RATE, "learning rate", lambda facts: facts.lr),
-                (keys.WEIGHT_DECAY, "weight decay", lambda facts: facts.weight_decay),
+            for setting, word, said in (
+                (keys.LEARNING_RATE, "learning rate", view.ranks.lr(number)),
+                (keys.WEIGHT_DECAY, "weight decay", view.ranks.weight_decay(number)),
             ):
-                values = _known(view, lambda facts, of=of, n=number: of(facts)[n])  # type: ignore[misc]
+                if alike(said):
+                    continue
+                values = _known(view, said)
                 out = outvoted(list(values), list(values.values()))
                 if not out:
                     continue
@@ -113,7 +112,7 @@ class OtherSettings(Rule):
         """Of two ranks the one whose rate does not fit its other streams'; None where both do, or neither."""
         names = list(view.now.streams)
         spread = {}
-        for facts in view.now.rank_facts:
+        for facts in view.ranks:
             scales = [view.intent.lr.get(name) or 1.0 for name in names]
             rates = [rate / scale for rate, scale in zip(facts.lr, scales, strict=True) if rate > 0]
             own = facts.lr[number] / scales[number]
@@ -135,11 +134,11 @@ class OtherMode(Rule):
     hold: int = 2
 
     def check(self, view: View) -> Iterator[Signal]:
-        for figure in (attrgetter("training"), _not_in_eval):
-            if view.differ(figure):
-                values = _known(view, figure)
-                most = max(values.values())
-                bad = [rank for rank, value in values.items() if value < most]
+        for said, right in ((view.ranks.training, max), (view.ranks.in_eval, min)):
+            values = {} if alike(said) else _known(view, said)
+            if len(set(values.values())) > 1:
+                most = right(values.values())
+                bad = [rank for rank, value in values.items() if value != most]
                 yield Signal(
                     None,
                     single(bad),
@@ -147,13 +146,9 @@ class OtherMode(Rule):
                     likely="model.train() is called under a rank test, or not after an evaluation",
                     do=f"call model.train() on {few(bad)}",
                     confirm="this line clears",
-                    evidence={f"rank {rank}": abs(value) for rank, value in list(values.items())[:16]},
+                    evidence={f"rank {rank}": value for rank, value in list(values.items())[:16]},
                 )
                 return
-
-
-def _not_in_eval(facts: RankFacts) -> float:
-    return math.nan if facts.detail is None else -facts.detail.in_eval
 
 
 @dataclass(frozen=True)
@@ -169,9 +164,9 @@ class Uneven(Rule):
     """A choice: the last batch of an epoch may be smaller, and is one step."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        if not view.differ(attrgetter("samples")):
+        if alike(view.ranks.samples):
             return
-        samples = {rank: n for rank, n in view.of_data(_known(view, attrgetter("samples"))).items() if n > 0}
+        samples = {rank: n for rank, n in view.of_data(_known(view, view.ranks.samples)).items() if n > 0}
         if len(set(samples.values())) < 2:
             return
         odd, apart = odd_one(samples)
@@ -237,8 +232,8 @@ class Diverged(Rule):
     """A choice: above what steps of one learning rate differ by; a rank whose updates are clipped does not jump up."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        prints = {detail.weights for detail in view.details.values()}
-        if len(prints) < 2 and not view.now.replicas and not view.memory.unseen:
+        prints = map(view.ranks.weights, range(len(view.now.streams)))
+        if all(map(alike, prints)) and not view.now.replicas and not view.memory.unseen:
             return
         found = dict(self._found(view))
         whole = len(found) == len(view.now.streams) > 1
@@ -262,9 +257,8 @@ class Diverged(Rule):
 
     def _found(self, view: View) -> Iterator[tuple[str, list[int]]]:
         for number, stream in enumerate(view.now.streams):
-            of_ranks = view.details if view.setup.streams[stream].whole else {}
-            prints = {rank: detail.weights[number] for rank, detail in of_ranks.items()}
-            out = outvoted(list(prints), list(prints.values()))
+            prints = view.ranks.weights(number) if view.setup.streams[stream].whole else ()
+            out = outvoted(view.ranks.numbers, prints) if prints else []
             told = view.memory.audit if view.now.replicas or stream in view.memory.unseen else []
             audited = {rank for of in told if of.stream == stream and not of.weights for rank in of.ranks}
             if out or audited:
@@ -285,12 +279,9 @@ def _moved(facts: RankFacts, number: int) -> float:
     return math.nan if facts.detail is None else facts.detail.moved[number]
 
 
-def by_rank(
-    view: View, places: Sequence[int], figure: Callable[[StepStats], Sequence[float]]
-) -> dict[int, list[float]]:
+def _by_rank(ranks: Sequence[int], rows: Sequence[Sequence[float]]) -> dict[int, list[float]]:
     """A figure of ranks that are heard together, by rank: its values in the steps in which all of them gave one."""
-    ranks = [facts.rank for facts in view.steps[places[-1]].rank_facts]
-    told = [row for row in view.at(places, figure) if math.isfinite(sum(row))]
+    told = [row for row in rows if math.isfinite(sum(row))]
     return dict(zip(ranks, map(list, zip(*told, strict=True)), strict=False))
 
 
@@ -317,8 +308,8 @@ class OtherLoss(Rule):
     """Of two ranks whose items are drawn alike one is so often above the other in one of 2,500 windows (binomial)."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        for places in view.turns(self.WINDOW):
-            yield from self._among(view, view.of_data(by_rank(view, places, _losses)))
+        for ranks, losses in view.together(self.every, self.WINDOW, _losses):
+            yield from self._among(view, view.of_data(_by_rank(ranks, losses)))
 
     def _among(self, view: View, own: Mapping[int, Sequence[float]]) -> Iterator[Signal]:
         """Of ranks that are heard together."""
@@ -348,12 +339,25 @@ class OtherLoss(Rule):
         )
 
 
-def _losses(step: StepStats) -> list[float]:
-    return [math.nan if facts.detail is None else facts.detail.loss for facts in step.rank_facts]
+def _losses(step: StepStats) -> Sequence[float]:
+    return step.rank_facts.loss or [math.nan] * len(step.rank_facts)
 
 
-def _busy(step: StepStats) -> list[float]:
-    return [facts.busy_seconds for facts in step.rank_facts]
+def _busy(step: StepStats) -> Sequence[float]:
+    return step.rank_facts.busy_seconds
+
+
+def _seconds(step: StepStats) -> Sequence[float]:
+    return step.rank_facts.step_seconds
+
+
+def _behind(step: StepStats, seconds: float) -> list[int] | None:
+    """The ranks that are busy so much longer than the median of the others; None where one does not know."""
+    busy = _busy(step)
+    if len(busy) < 2 or not math.isfinite(sum(busy)):
+        return None
+    least = statistics.median(sorted(busy)[:-1]) + seconds  # of the others, whichever rank above it is left out
+    return [rank for rank, own in zip(step.rank_facts.numbers, busy, strict=True) if own >= least]
 
 
 def _above(of_ranks: Mapping[int, Sequence[float]], rank: int) -> float:
@@ -375,7 +379,7 @@ class Slow(Rule):
 
     WINDOW: ClassVar[int] = 40
     LEAST: ClassVar[int] = 10
-    """Steps of ranks that are heard in turns, which share the window."""
+    """Steps do for ranks that are heard in turns, which take long to fill the window."""
     hold: int = 3
     every: int = 5
     warm_up: int = 44
@@ -387,24 +391,31 @@ class Slow(Rule):
     """Of a step: a choice, less is not worth a word."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        for places in view.turns(self.WINDOW):
-            yield from self._among([view.steps[place] for place in places], by_rank(view, places, _busy))
+        busy = dict(view.together(self.every, self.WINDOW, _busy))
+        seconds = dict(view.together(self.every, self.WINDOW, _seconds))
+        for ranks, behind in view.together(self.every, self.WINDOW, _behind, QUIET * self.least):
+            if self._one_lags(behind):
+                of_steps = dict(zip(ranks, zip(*seconds[ranks], strict=True), strict=True))
+                yield from self._among(_by_rank(ranks, busy[ranks]), of_steps)
 
-    def _among(self, steps: Sequence[StepStats], rows: Mapping[int, Sequence[float]]) -> Iterator[Signal]:
-        """Of ranks that are heard together."""
-        if len(rows) < 2 or len(next(iter(rows.values()))) < self.LEAST:
-            return
+    def _one_lags(self, behind: Sequence[Sequence[int] | None]) -> bool:
+        """Whether a rank is behind the others in nearly all of the steps that tell."""
+        told = [ranks for ranks in behind if ranks is not None]
+        steps = max(Counter(itertools.chain(*told)).values(), default=0)
+        return len(told) >= self.LEAST and steps >= len(told) - len(told) // 10
+
+    def _among(self, rows: Mapping[int, Sequence[float]], seconds: Mapping[int, Sequence[float]]) -> Iterator[Signal]:
+        """Of ranks that are heard together; `rows`: their busy times, `seconds`: those of whole steps."""
         busy = {rank: statistics.median(row) for rank, row in rows.items()}
         slowest = max(busy, key=busy.__getitem__)
         others = zip(*(row for rank, row in rows.items() if rank != slowest), strict=True)
         over = sorted(own - statistics.median(row) for own, row in zip(rows[slowest], others, strict=True))
         usual = statistics.median(seconds for rank, seconds in busy.items() if rank != slowest)
-        own = (facts.step_seconds for step in steps for facts in step.rank_facts if facts.rank == slowest)
-        length = statistics.median([seconds for seconds in own if math.isfinite(seconds)] or [0.0])
         nearly_always = over[len(over) // 10]
         ratio = busy[slowest] / usual / self.factor if usual > 0 else math.inf
         if nearly_always < QUIET * self.least:
             return
+        length = statistics.median(list(filter(math.isfinite, seconds[slowest])) or [0.0])
         yield Signal(
             None,
             slowest,

@@ -96,7 +96,7 @@ class RateGone(Rule):
                 continue
             number, low = view.number(stream), 0
             for step in reversed(view.steps):
-                rates = [rank.lr[number] for rank in step.rank_facts]
+                rates = step.rank_facts.lr(number)
                 if not rates or max(rates) > self.low * peak:
                     break
                 low += 1

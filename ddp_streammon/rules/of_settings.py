@@ -169,9 +169,9 @@ class Decay(Rule):
     """A choice: ten times the largest of the usual settings; weights halve in 69 steps."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        if not view.now.rank_facts:
+        if not view.ranks:
             return
-        first = view.now.rank_facts[0]
+        first = view.ranks[0]
         for number, stream in enumerate(view.now.streams):
             lr, decay = first.lr[number], first.weight_decay[number]
             if not lr * decay > QUIET * self.most or view.meant_frozen(stream):

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
+from ddp_streammon.moments.sample import BAD
 from ddp_streammon.rules.engine import Kind, Rule, Signal
 from ddp_streammon.rules.signals import few, single, together
 from ddp_streammon.rules.view import View
@@ -27,11 +28,11 @@ class NonFinite(Rule):
 
     def check(self, view: View) -> Iterator[Signal]:
         now = view.now
-        inputs = {s: [r for r, of in view.inputs(s).items() if of.nonfinite > 0] for s in view.streams}
-        if any(inputs.values()):
-            for name, bad in inputs.items():
-                if bad:
-                    yield self._signal(view, name, bad, f"the input of {name} is not finite on {few(bad)}")
+        seen = [name for name in view.streams if any(view.ranks.of_input(view.number(name), BAD))]
+        for name in seen:
+            bad = [rank for rank, of in view.inputs(name).items() if of.nonfinite > 0]
+            yield self._signal(view, name, bad, f"the input of {name} is not finite on {few(bad)}")
+        if seen:
             return
         if now.scaled:
             return
@@ -40,7 +41,7 @@ class NonFinite(Rule):
             return
         origins = [rank for rank in now.local if any(rank.nonfinite)]
         own = [rank.rank for rank in origins]
-        ranks = own or list(now.nonfinite_ranks) or list(view.ranks())
+        ranks = own or list(now.nonfinite_ranks) or list(view.ranks.numbers)
         of_origin = {name for rank in origins for name, bad in zip(now.streams, rank.nonfinite, strict=True) if bad}
         streams = [name for name in bad_streams if not of_origin or name in of_origin]
         stream = streams[0] if len(streams) == 1 and streams[0] != keys.SHARED else None
@@ -50,7 +51,7 @@ class NonFinite(Rule):
         yield self._signal(view, stream, ranks, f"{what}: not finite, on {few(ranks)}{where}")
 
     def _signal(self, view: View, stream: str | None, bad: Sequence[int], seen: str) -> Signal:
-        whose = None if len(bad) == len(view.now.rank_facts) > 1 else single(bad)
+        whose = None if len(bad) == len(view.ranks) > 1 else single(bad)
         count = sum(of.nonfinite for of in view.now.streams.values())
         return Signal(
             stream,
@@ -86,8 +87,8 @@ class NoGradient(Rule):
             of = view.now.streams[stream]
             if of.elements or not _takes_part(view, stream) or not view.setup.streams[stream].tensors:
                 continue
-            calls = [given.calls for given in view.inputs(stream).values()]
-            used = "it is called, and detached from the loss" if any(calls) else "it is not called, or detached"
+            called = any(view.ranks.calls(view.number(stream)))
+            used = "it is called, and detached from the loss" if called else "it is not called, or detached"
             yield Signal(
                 stream,
                 seen=f"{stream}: no gradients for {self.hold} steps",
@@ -167,7 +168,7 @@ class Unchanged(Rule):
             sample, before = view.sample(stream), view.steps[-2].streams[stream]
             if sample is None or sample.moved != 0 or not sample.optimized or not before.grad_norm > 0:
                 continue
-            rates = [rank.lr[view.number(stream)] for rank in view.steps[-2].rank_facts]
+            rates = view.steps[-2].rank_facts.lr(view.number(stream))
             if view.trained(stream) and view.lr(stream) > 0 and rates and min(rates) > 0:
                 yield self._signal(stream, view)
 
@@ -235,10 +236,10 @@ class LeftInEval(Rule):
     """A choice: one evaluation may leave a step in eval mode."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        modes = [rank.training for rank in view.now.rank_facts]
+        modes = view.ranks.training
         if view.intent.eval_modules or not modes:
             return
-        inside = [detail.in_eval for detail in view.details.values()]
+        inside = view.ranks.in_eval
         all_inside = bool(inside) and min(inside) == 1
         whole = (not any(modes) and (not inside or min(inside) > 0)) or (all_inside and view.memory.trained_mode)
         if not whole and not all_inside:

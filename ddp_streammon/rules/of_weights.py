@@ -43,7 +43,7 @@ class WeightsGrow(Windowed):
                 continue
             half = weights[-1] / weights[len(weights) // 2]
             still = math.log(half) / (0.25 * math.log(self.factor)) if half > 0 else 0.0
-            decay = view.now.rank_facts[0].weight_decay[view.number(stream)]
+            decay = view.ranks.weight_decay(view.number(stream))[0]
             change = scaled(view, stream, 0.1)
             yield Signal(
                 stream,
@@ -76,7 +76,7 @@ class WeightsShrink(Windowed):
             lost = 1 - last / first
             if not lost > QUIET * self.share:
                 continue
-            decay = view.now.rank_facts[0].weight_decay[view.number(stream)] if view.now.rank_facts else math.nan
+            decay = view.ranks.weight_decay(view.number(stream))[0] if view.ranks else math.nan
             action = Action(keys.WEIGHT_DECAY, stream, decay / 10, decay) if decay > 0 else None
             yield Signal(
                 stream,

@@ -9,12 +9,14 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from ddp_streammon import keys
 from ddp_streammon.config import Intent
 from ddp_streammon.described import Setup
-from ddp_streammon.ranks import RankFacts, Replicas, StreamInput
+from ddp_streammon.rank_facts import RankDetail, RankFacts, StreamInput
+from ddp_streammon.ranks import Replicas
 from ddp_streammon.stats import Sample, StepStats
 
 T = TypeVar("T")
@@ -84,9 +86,9 @@ class Memory:
         for number, (name, stream) in enumerate(stats.streams.items()):
             if name in self.last_lr:
                 self.peak_lr[name] = max(self.peak_lr.get(name, 0.0), self.last_lr[name])
-            rates = [rank.lr[number] for rank in stats.rank_facts if number < len(rank.lr)]
-            if rates and not any(map(math.isnan, rates)):
-                rate = rates[0] if len(rates) == 1 else statistics.median_low(rates)
+            rates = stats.rank_facts.lr(number)
+            if rates and not math.isnan(sum(rates)):
+                rate = rates[0] if alike(rates) else statistics.median_low(rates)
                 before = self.last_lr.get(name, 0.0)
                 if before > 0 and rate >= JUMP * before:
                     self.jumps[name] = (self.count, before, rate, self.peak_lr.get(name, 0.0))
@@ -103,7 +105,7 @@ class Memory:
         if stats.replicas:
             self.audit = list(stats.replicas)
             self.unseen = [of.stream for of in self.audit if not of.weights and len(_prints(stats, of.stream)) < 2]
-        inside = [rank.detail.in_eval for rank in stats.rank_facts if rank.detail is not None]
+        inside = stats.rank_facts.in_eval
         self.trained_mode = self.trained_mode or (bool(inside) and max(inside) < 1)
         self._follow_batches(stats)
 
@@ -122,8 +124,8 @@ class Memory:
         return memory
 
     def _follow_batches(self, stats: StepStats) -> None:
-        first = next((rank for rank in stats.rank_facts if rank.rank == 0), None)
-        batch = math.nan if first is None or first.detail is None else first.detail.batch
+        detail = stats.rank_facts[0].detail if 0 in stats.rank_facts.numbers[:1] else None
+        batch = math.nan if detail is None else detail.batch
         if math.isnan(batch):
             return
         lag = self.count - self.batches[batch] if batch in self.batches else 0
@@ -137,7 +139,18 @@ class Memory:
 def _prints(stats: StepStats, stream: str) -> set[float]:
     """The numbers of the ranks' samples of a stream's weights."""
     number = list(stats.streams).index(stream)
-    return {facts.detail.weights[number] for facts in stats.rank_facts if facts.detail is not None}
+    return set(stats.rank_facts.weights(number))
+
+
+def alike(values: Sequence[float]) -> bool:
+    """Whether ranks say one number; nan is like nothing."""
+    return values.count(values[0]) == len(values) if values else True
+
+
+TURNS = 40
+"""Steps of ranks that are heard together that rules can look back, however many turns lie between them."""
+SETS = 256
+"""Sets of ranks of which such steps are kept: more than there are turns."""
 
 
 class Window:
@@ -148,6 +161,7 @@ class Window:
         self._taken = 0
         self._columns: dict[Hashable, _Column] = {}
         """By figure and what it is of."""
+        self._turns: dict[Hashable, _Turns] = {}
 
     def append(self, stats: StepStats) -> None:
         """A measured step; one that does not come after the last begins anew."""
@@ -160,6 +174,7 @@ class Window:
         """Forget everything."""
         self.steps.clear()
         self._columns.clear()
+        self._turns.clear()
 
     def column(self, count: int, figure: Callable[..., T], *of: Hashable) -> Iterator[T]:
         """`figure(step, *of)` of the last `count` steps. Both are kept: a function of a module, not a lambda."""
@@ -172,6 +187,19 @@ class Window:
         column.taken = self._taken
         return _last(column.values, count)
 
+    def by_turn(self, figure: Callable[..., T], *of: Hashable) -> Mapping[Sequence[int], deque[T]]:
+        """The same by the ranks that were heard in a step: of each set of them the last `TURNS` steps."""
+        kept = self._turns.setdefault((figure, *of), _Turns())
+        for step in _last(self.steps, self._taken - kept.taken):
+            ranks = _heard(step)
+            values = kept.values.pop(ranks, None) or deque(maxlen=TURNS)
+            values.append(figure(step, *of))
+            kept.values[ranks] = values
+            if len(kept.values) > SETS:
+                del kept.values[next(iter(kept.values))]
+        kept.taken = self._taken
+        return kept.values
+
 
 @dataclass
 class _Column:
@@ -179,6 +207,14 @@ class _Column:
 
     taken: int = 0
     values: deque[Any] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+
+@dataclass
+class _Turns:
+    """A figure's values by the ranks that were heard, those heard last at the end."""
+
+    taken: int = 0
+    values: dict[Sequence[int], deque[Any]] = field(default_factory=dict)
 
 
 def _last(items: deque[T], count: int) -> Iterator[T]:
@@ -205,12 +241,8 @@ class View:
         self._data_ranks = frozenset(setup.data_ranks)
         self._trained: dict[str, bool] = {}
         """Of the streams that were asked for."""
-        self.details = {rank.rank: rank.detail for rank in self.now.rank_facts if rank.detail is not None}
-        """What each rank that was heard says for itself."""
-        self._inputs = {
-            name: {rank: of.inputs[number] for rank, of in self.details.items() if of.inputs[number].calls > 0}
-            for name, number in self._numbers.items()
-        }
+        self.ranks = self.now.rank_facts
+        """What those that were heard say of themselves."""
 
     def number(self, stream: str) -> int:
         """Its place among all streams."""
@@ -229,14 +261,14 @@ class View:
     def sample(self, stream: str) -> Sample | None:
         return self.now.streams[stream].sample
 
-    def differ(self, figure: Callable[[RankFacts], float]) -> bool:
-        """Whether the ranks that were heard say different numbers, nan left out."""
-        said = map(figure, self.now.rank_facts)
-        return len({value for value in said if not math.isnan(value)}) > 1
+    @cached_property
+    def details(self) -> dict[int, RankDetail]:
+        """What each rank that was heard says for itself; `ranks` has the same by figure, in a fraction of the time."""
+        return {rank.rank: rank.detail for rank in self.ranks if rank.detail is not None}
 
     def inputs(self, stream: str) -> dict[int, StreamInput]:
-        """Of each rank that was heard and has called the stream: its inputs."""
-        return self._inputs[stream]
+        """Of each rank that was heard and has called the stream: its inputs; `ranks` has the same by figure."""
+        return dict(self.ranks.inputs(self.number(stream)))
 
     def lr(self, stream: str) -> float:
         """The learning rate of most ranks; nan where it is not known."""
@@ -245,8 +277,8 @@ class View:
     def base_lr(self, stream: str) -> float:
         """The learning rate that its schedule starts from, which is what a user sets, of most ranks that were heard;
         the present one where it is not known."""
-        number = self.number(stream)
-        bases = [base for detail in self.details.values() if (base := detail.base_lr[number]) > 0]
+        said = self.ranks.base_lr(self.number(stream))
+        bases = [base for base in (said[:1] if alike(said) else said) if base > 0]
         return statistics.median_low(bases) if bases else self.lr(stream)
 
     def meant_frozen(self, stream: str) -> bool:
@@ -293,35 +325,27 @@ class View:
                     values.setdefault(facts.rank, []).append(value)
         return values
 
-    def turns(self, count: int) -> list[list[int]]:
-        """The window's steps, by place, by the ranks that were heard in them, the last `count` of each: one list,
-        unless ranks are heard in turns."""
-        found: dict[tuple[int, ...], deque[int]] = {}
-        for place, heard in enumerate(self._window.column(WINDOW, _heard)):
-            if heard:
-                found.setdefault(heard, deque(maxlen=count)).append(place)
-        return [list(places) for places in found.values()]
-
-    def at(self, places: Sequence[int], figure: Callable[..., T], *of: Hashable) -> list[T]:
-        """`figure(step, *of)` of the window's steps at these places; kept from step to step, see `Window.column`."""
-        values = list(self._window.column(WINDOW, figure, *of))
-        return [values[place] for place in places]
+    def together(
+        self, every: int, count: int, figure: Callable[..., T], *of: Hashable
+    ) -> Iterator[tuple[Sequence[int], list[T]]]:
+        """Of each set of ranks that was heard together in the last `every` steps: `figure(step, *of)` of the last
+        `count` of its steps, at most `TURNS`. One set, unless ranks are heard in turns."""
+        by_turn = self._window.by_turn(figure, *of)
+        for ranks in dict.fromkeys(self._window.column(every, _heard)):
+            if ranks:
+                yield ranks, [*by_turn[ranks]][-count:]
 
     def heard(self, count: int) -> set[int]:
         """The ranks that were heard in one of the last `count` measured steps."""
-        return set().union(*self._window.column(count, _heard))
+        return set().union(*set(self._window.column(count, _heard)))
 
     def missing(self, requires: Sequence[str]) -> str:
         """Why a rule that requires these cannot be evaluated; empty if it can."""
         return next((reason for name in requires if (reason := REQUIREMENTS[name](self))), "")
 
-    def ranks(self) -> Iterator[int]:
-        """The ranks that were heard."""
-        return (rank.rank for rank in self.now.rank_facts)
 
-
-def _heard(step: StepStats) -> tuple[int, ...]:
-    return tuple([facts.rank for facts in step.rank_facts])
+def _heard(step: StepStats) -> Sequence[int]:
+    return step.rank_facts.numbers
 
 
 def _mean(step: StepStats, scalar: str) -> float:
@@ -329,9 +353,7 @@ def _mean(step: StepStats, scalar: str) -> float:
 
 
 REQUIREMENTS: dict[str, Callable[[View], str]] = {
-    "data ranks": lambda v: (
-        "" if len(v.setup.data_ranks) > 1 and len(v.now.rank_facts) > 1 else "one rank sees all data"
-    ),
+    "data ranks": lambda v: "" if len(v.setup.data_ranks) > 1 and len(v.ranks) > 1 else "one rank sees all data",
     "replicas": lambda v: "" if v.setup.replicated else "no rank holds what another one holds",
     "no model peers": lambda v: (
         "" if len(v.setup.data_ranks) == v.setup.world else "some ranks see the same data on purpose"
@@ -371,4 +393,4 @@ def _moved(view: View) -> bool:
 
 
 def _inputs_seen(view: View) -> bool:
-    return any(given.calls > 0 for detail in view.details.values() for given in detail.inputs)
+    return any(any(view.ranks.calls(view.number(stream))) for stream in view.now.streams)

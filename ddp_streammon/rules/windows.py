@@ -44,7 +44,7 @@ def _update(step: StepStats, stream: str) -> float:
 
 def _rests(step: StepStats, stream: str, number: int) -> float:
     """1 where a rank's learning rate of the stream is zero in a step."""
-    return float(any(rank.lr[number] == 0 for rank in step.rank_facts))
+    return float(0.0 in step.rank_facts.lr(number))
 
 
 def missed(view: View, stream: str, count: int) -> bool:
@@ -53,8 +53,8 @@ def missed(view: View, stream: str, count: int) -> bool:
     number = view.number(stream)
     return any(
         not step.streams[stream].grad_norm > 0
-        or any(rank.lr[number] == 0 for rank in step.rank_facts)
-        or any(rank.detail is not None and rank.detail.inputs[number].abs_max == 0 for rank in step.rank_facts)
+        or 0.0 in step.rank_facts.lr(number)
+        or step.rank_facts.without_input(number)
         for step in view.steps[-count:]
     )
 
@@ -96,7 +96,7 @@ def _share(step: StepStats, stream: str, number: int) -> float:
     of = step.streams[stream]
     if not step.rank_facts or not of.update_ratio > 0 or not of.grad_norm > 0:
         return math.nan
-    decay = max(step.rank_facts[0].weight_decay[number], 0.0)
+    decay = max(step.rank_facts.weight_decay(number)[0], 0.0)
     return of.grad_norm / (of.grad_norm + decay * of.update_norm / of.update_ratio)
 
 

@@ -1,16 +1,18 @@
 """How the monitored step's host cost grows with tensors and ranks: `python -m tests.benchmarks.growth`.
 
 One process. Ranks are those of PyTorch's fake process group, whose collectives return at once: what is left is what
-this project does itself. Packing, unpacking and statistics are also timed alone, on a packet in which every cell is
-filled. Every size is called once in each repeat; figures are medians of host milliseconds, ratios are paired, with
-their 95 % bootstrap interval.
+this project does itself. It leaves the slots of other ranks empty; they are filled as a sum over healthy ranks would.
+Packing, unpacking and statistics are also timed alone, on a packet in which every cell is filled. Every size is called
+once in each repeat; figures are medians of host milliseconds, ratios are paired, with their 95 % bootstrap interval.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -18,9 +20,10 @@ import torch.testing._internal.distributed.fake_pg
 from torch import nn
 
 from ddp_streammon import StreamMonitor
+from ddp_streammon.collective import Reduction
 from ddp_streammon.moments import reader
 from ddp_streammon.packet import Layout
-from ddp_streammon.stats import step_layout, step_stats
+from ddp_streammon.stats import DETAIL, FACTS, step_layout, step_stats
 from tests.benchmarks import machine
 from tests.benchmarks.counting import dispatched
 from tests.benchmarks.gradients import whole
@@ -30,6 +33,10 @@ NAMES = ("rgb", "depth", "shared")
 SCALARS = {"loss": False, "samples": True}
 ELEMENTS = 64
 """Of a tensor: so few that what is seen is the cost of a tensor, not of its elements."""
+BUSY = 4
+"""Of the cells of a rank's facts: how long it is busy in a step."""
+DRAWN = 50
+"""Steps after which ranks say the same again."""
 GOAL = 64 * 1024
 """Bytes of a packet at `GOAL_RANKS` ranks."""
 GOAL_RANKS = 1024
@@ -58,7 +65,39 @@ def monitored(model: nn.Module, ranks: int | None = None) -> StreamMonitor:
         return StreamMonitor(model, streams=streams)
     last = dist.get_world_size()
     group = dist.new_group(list(range(last - ranks, last)))
-    return StreamMonitor(model, streams=streams, group=group, model_peers=range(ranks))
+    monitor = StreamMonitor(model, streams=streams, group=group, model_peers=range(ranks))
+    answer(monitor, ranks)
+    return monitor
+
+
+def answer(monitor: StreamMonitor, ranks: int) -> None:
+    """Let every rank say what this one says, but of a loss and a pace of its own, and have rules compare them."""
+    monitor._engine.setup = replace(monitor._engine.setup, data_ranks=tuple(range(ranks)))
+    monitor.step(loss=1.0, samples=8)  # the first one compares replicas
+    plan = monitor._steps._plan
+    assert plan is not None
+    layout, send = plan.layout, monitor._collective.all_reduce
+    mine = layout.spans(ranks - 1, turn=(ranks - 1) % layout.turns)
+    first = mine[layout.slots[0].name].start
+    said: list[torch.Tensor] = []
+    turns = itertools.count()
+
+    def reduced(packet: torch.Tensor) -> Reduction:
+        if len(packet) == layout.size:
+            slots = packet[layout.size - layout.slot_size * len(layout.heard(0)) :]
+            if not said and slots.any():
+                said.extend(others(packet[first : first + layout.slot_size]) for _ in range(DRAWN))
+            if said:
+                slots.copy_(said[next(turns) % DRAWN])
+        return send(packet)
+
+    def others(own: torch.Tensor) -> torch.Tensor:
+        rows = own.repeat(len(layout.heard(0)), 1)
+        rows[:, mine[DETAIL].start - first] *= 1 + 0.15 * torch.randn_like(rows[:, 0])
+        rows[:, mine[FACTS].start - first + BUSY] = 0.02 + 0.002 * torch.rand_like(rows[:, 0])
+        return rows.flatten()
+
+    monitor._collective.all_reduce = reduced  # type: ignore[method-assign]
 
 
 def step(monitor: StreamMonitor) -> Call:

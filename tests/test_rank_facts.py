@@ -1,0 +1,115 @@
+"""rank_facts.py: what ranks say of themselves, by rank and by figure, from a packet and from a record."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from ddp_streammon.moments.sample import ABS_MAX, BAD, BITS, CONSTANT
+from ddp_streammon.packet import Slots
+from ddp_streammon.rank_facts import RankDetail, RankFacts, Ranks, StreamInput
+
+NOTHING = StreamInput()
+SEEN = StreamInput(2.0, 0.5, 1.25, 3.0, 1.0, 0.0, 0.25, 0.75)
+FIGURES: dict[str, tuple[Callable[[Ranks], Sequence[float]], Callable[[RankFacts], float]]] = {
+    "training": (lambda ranks: ranks.training, lambda row: row.training),
+    "samples": (lambda ranks: ranks.samples, lambda row: row.samples),
+    "step_seconds": (lambda ranks: ranks.step_seconds, lambda row: row.step_seconds),
+    "busy_seconds": (lambda ranks: ranks.busy_seconds, lambda row: row.busy_seconds),
+    "lr": (lambda ranks: ranks.lr(1), lambda row: row.lr[1]),
+    "weight_decay": (lambda ranks: ranks.weight_decay(1), lambda row: row.weight_decay[1]),
+    "loss": (lambda ranks: ranks.loss, lambda row: detail(row).loss),
+    "in_eval": (lambda ranks: ranks.in_eval, lambda row: detail(row).in_eval),
+    "base_lr": (lambda ranks: ranks.base_lr(1), lambda row: detail(row).base_lr[1]),
+    "weights": (lambda ranks: ranks.weights(1), lambda row: detail(row).weights[1]),
+    "calls": (lambda ranks: ranks.calls(1), lambda row: detail(row).inputs[1].calls),
+    "abs_max": (lambda ranks: ranks.of_input(1, ABS_MAX), lambda row: detail(row).inputs[1].abs_max),
+    "bad": (lambda ranks: ranks.of_input(1, BAD), lambda row: detail(row).inputs[1].nonfinite),
+}
+
+
+def detail(row: RankFacts) -> RankDetail:
+    assert row.detail is not None
+    return row.detail
+
+
+def row(rank: int, streams: int = 2) -> RankFacts:
+    """Facts of which no two figures, and no two ranks, are alike."""
+    inputs = [dataclasses.replace(SEEN, abs_max=10.0 * rank + stream + 1) for stream in range(streams)]
+    own = [tuple(rank + stream + shift for stream in range(streams)) for shift in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    own_detail = RankDetail(0.7 + rank, 0.25, 1000.0 + rank, own[0], own[1], own[2], tuple(inputs))
+    return RankFacts(rank, own[3], own[4], 1.0, 32.0 + rank, 2.0 + rank, 0.5 + rank, own_detail)
+
+
+@pytest.mark.parametrize("streams", [1, 2, 5])
+def test_facts_come_back_from_their_cells(streams: int) -> None:
+    facts = row(3, streams)
+    cells, details = facts.cells(), detail(facts).cells()
+    assert (len(cells), len(details)) == (RankFacts.cell_count(streams), RankDetail.cell_count(streams))
+    assert RankFacts.of_cells(3, cells, details) == facts
+    assert RankFacts.of_cells(3, cells).detail is None
+
+
+@pytest.mark.parametrize(
+    "given", [NOTHING, dataclasses.replace(NOTHING, calls=2.0), SEEN, StreamInput(1.0, *[math.nan] * 2, 3.0, 0.0, 1.0)]
+)
+def test_inputs_come_back_from_their_cells(given: StreamInput) -> None:
+    assert repr(StreamInput.of_cells(given.cells(bits=7.0))) == repr(given)
+
+
+def test_what_a_rank_does_not_say_stays_unsaid() -> None:
+    facts = RankFacts.of_cells(0, RankFacts(0, (math.nan,), (0.0,), 0, math.nan, math.nan, math.nan).cells())
+    assert math.isnan(facts.lr[0])
+    assert math.isnan(facts.samples)
+    assert facts.training == 0.0
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_figures_are_those_of_the_rows_in_their_order(figure: str) -> None:
+    rows = [row(rank) for rank in (0, 2, 5)]
+    by_figure, of_row = FIGURES[figure]
+    assert list(by_figure(Ranks.of_rows(rows))) == [of_row(own) for own in rows]
+
+
+def test_of_a_packet_ranks_that_took_no_part_are_left_out() -> None:
+    rows = [row(rank) for rank in range(4)]
+    cells = [[0.0] * len(own.cells()) if own.rank == 2 else own.cells() for own in rows]
+    details = [detail(own).cells() for own in rows]
+    ranks = Ranks.of_packet(range(4), Slots.of_ranks(cells), Slots.of_ranks(details))
+    assert ranks.numbers == (0, 1, 3)
+    assert [*ranks] == [rows[0], rows[1], rows[3]]
+    assert list(ranks.samples) == [32.0, 33.0, 35.0]
+    assert list(ranks.loss) == [0.7, 1.7, 3.7]
+    assert ranks[-1] is ranks[2]
+    with pytest.raises(IndexError):
+        ranks[3]
+    everyone = Ranks.of_packet(range(4), Slots.of_ranks([own.cells() for own in rows]), Slots.of_ranks(details))
+    assert [*everyone] == rows
+    assert everyone != ranks
+    nobody = Ranks.of_packet([2], Slots.of_ranks(cells[2:3]), Slots.of_ranks(details[2:3]))
+    assert (len(nobody), list(nobody.samples), list(nobody.loss)) == (0, [], [])
+    assert everyone == Ranks.of_rows(rows)
+
+
+def test_without_ranks_or_details_columns_are_empty() -> None:
+    nobody = Ranks()
+    assert (len(nobody), [*nobody], list(nobody.lr(1)), list(nobody.loss)) == (0, [], [], [])
+    plain = Ranks.of_rows([dataclasses.replace(row(rank), detail=None) for rank in range(2)])
+    assert list(plain.lr(0)) == [0.4, 1.4]
+    assert (list(plain.loss), list(plain.calls(0)), list(plain.inputs(0)), plain.without_input(0)) == ([], [], [], [])
+
+
+def test_inputs_are_of_the_ranks_that_have_called_the_stream() -> None:
+    zeros = dataclasses.replace(SEEN, mean=0.0, std=0.0, abs_max=0.0)
+    given = [SEEN, NOTHING, zeros, dataclasses.replace(SEEN, constant=1.0)]
+    rows = [row(rank) for rank in range(4)]
+    for own, seen in zip(rows, given, strict=True):
+        own.detail = dataclasses.replace(detail(own), inputs=(seen, SEEN))
+    ranks = Ranks.of_rows(rows)
+    assert dict(ranks.inputs(0)) == {0: given[0], 2: given[2], 3: given[3]}
+    assert (ranks.without_input(0), ranks.without_input(1)) == ([2], [])
+    assert list(ranks.of_input(0, CONSTANT)) == [0.0, 0.0, 0.0, 2.0]
+    assert list(ranks.of_input(0, BITS)) == [1000.0, 0.0, 1002.0, 1003.0]
