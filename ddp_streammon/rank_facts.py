@@ -7,6 +7,7 @@ are not frozen: making a frozen dataclass takes four times as long. Nobody chang
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from typing import Any
 from ddp_streammon.moments.sample import ABS_MAX, BAD, BITS, COUNT, MODULUS
 from ddp_streammon.packet import Slots
 
+_FACTS = ("training", "samples", "step_seconds", "busy_seconds")
+_INPUTS = (
+    *("calls", "sum", "sq_sum", "count", "nonfinite", "constant", "bits", "abs_max"),
+    *("first_sum", "first_sq_sum", "first_count"),
+)
 _OTHERS = 5
 """Cells of `RankFacts` beside the streams' learning rates and weight decays."""
 
@@ -48,14 +54,6 @@ class StreamInput:
         first_mean, first_std = _mean_and_std(first_total, first_squares, first_count)
         return cls(calls, mean, std, abs_max, bad, float(constant == calls), first_mean, first_std)
 
-    def cells(self, bits: float) -> list[float]:
-        """The inverse of `of_cells`, of one element; `bits`: of the batch."""
-        if math.isnan(self.abs_max):
-            return [self.calls, *[0.0] * (INPUT_CELLS - 1)]
-        constant = self.calls if self.constant else 0.0
-        root = [*_sums(self.mean, self.std), self.nonfinite, constant, bits, self.abs_max]
-        return [self.calls, *root, *_sums(self.first_mean, self.first_std)]
-
 
 def _mean_and_std(total: float, squares: float, count: float) -> tuple[float, float]:
     if not count:
@@ -63,11 +61,6 @@ def _mean_and_std(total: float, squares: float, count: float) -> tuple[float, fl
     mean = total / count
     square = squares / count - mean * mean
     return mean, 0.0 if square < 0 else math.sqrt(square)
-
-
-def _sums(mean: float, std: float) -> list[float]:
-    """Sum, sum of squares and count of one element."""
-    return [mean, mean * mean + std * std, 1.0]
 
 
 INPUT_CELLS = 11
@@ -109,13 +102,6 @@ class RankDetail:
         batch = sum(row[1 + BITS] for row in seen) % MODULUS if seen else math.nan
         return cls(cells[0], cells[1], batch, base, weights, moved, tuple(map(StreamInput.of_cells, rows)))
 
-    def cells(self) -> list[float]:
-        """The inverse of `of_cells`; the number of the batch is that of the first stream's inputs."""
-        seen = next((number for number, given in enumerate(self.inputs) if not math.isnan(given.abs_max)), None)
-        inputs = [given.cells(self.batch if number == seen else 0.0) for number, given in enumerate(self.inputs)]
-        own = [cell for pair in zip(self.weights, self.moved, strict=True) for cell in pair]
-        return [self.loss, self.in_eval, *self.base_lr, *own, *[cell for row in inputs for cell in row]]
-
 
 _DETAILS = 2
 """Cells of `RankDetail` beside the streams'."""
@@ -154,21 +140,25 @@ class RankFacts:
         of_detail = None if detail is None else RankDetail.of_cells(detail, streams)
         return cls(rank, lr, weight_decay, training, samples, step_seconds, busy_seconds, of_detail)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RankFacts:
-        """The inverse of `dataclasses.asdict`."""
-        detail = values["detail"]
-        if detail is not None:
-            inputs = tuple(StreamInput(**of) for of in detail["inputs"])
-            of_streams = {name: tuple(detail[name]) for name in ("base_lr", "weights", "moved")}
-            detail = RankDetail(**{**detail, **of_streams, "inputs": inputs})
-        pairs = {name: tuple(values[name]) for name in ("lr", "weight_decay")}
-        return cls(**{**values, **pairs, "detail": detail})
-
     @staticmethod
     def cell_count(streams: int) -> int:
         """How many cells the facts of a rank take."""
         return 2 * streams + _OTHERS
+
+
+def alike(values: Sequence[float]) -> bool:
+    """Whether ranks say one number; nan is like nothing."""
+    return values.count(values[0]) == len(values) if values else True
+
+
+@functools.cache
+def _names(streams: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of the cells of facts and of details, of so many streams, which are told apart by their number."""
+    facts = [f"{name}.{stream}" for name in ("lr", "weight_decay") for stream in range(streams)]
+    base = [f"base_lr.{stream}" for stream in range(streams)]
+    own = [f"{name}.{stream}" for stream in range(streams) for name in ("weights", "moved")]
+    inputs = [f"input_{name}.{stream}" for stream in range(streams) for name in _INPUTS]
+    return ("present", *_FACTS, *facts), ("loss", "in_eval", *base, *own, *inputs)
 
 
 class Ranks(Sequence[RankFacts]):
@@ -193,14 +183,26 @@ class Ranks(Sequence[RankFacts]):
         rest = [slots and Slots.of_ranks([slots.of_rank(place) for place in places]) for slots in (facts, details)]
         return cls([heard[place] for place in places], rest[0], rest[1])
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: of each figure a list over ranks, or the one number that all of them say."""
+        told: dict[str, Any] = {"rank": list(self.numbers)}
+        for names, slots in zip(_names(self._streams), (self._facts, self._details), strict=True):
+            if self.numbers and slots is not None:
+                told |= {
+                    name: column[0] if alike(column) else list(column)
+                    for name, column in zip(names, slots, strict=True)
+                }
+        return told | {"streams": self._streams, "detailed": self._details is not None}
+
     @classmethod
-    def of_rows(cls, rows: Sequence[RankFacts]) -> Ranks:
-        """From facts, all of which have details or none."""
-        details = [row.detail.cells() for row in rows if row.detail is not None]
-        facts = Slots.of_ranks([row.cells() for row in rows])
-        ranks = cls([row.rank for row in rows], facts, Slots.of_ranks(details) if details else None)
-        ranks._rows = dict(enumerate(rows))
-        return ranks
+    def from_dict(cls, values: Mapping[str, Any]) -> Ranks:
+        """The inverse of `to_dict`."""
+        numbers = values["rank"]
+        slots = []
+        for names in _names(values["streams"])[: 2 if values["detailed"] else 1] if numbers else ():
+            columns = [of if isinstance(of := values[name], list) else [of] * len(numbers) for name in names]
+            slots.append(Slots.of_ranks([*zip(*columns, strict=True)]))
+        return cls(numbers, *slots)
 
     def __len__(self) -> int:
         return len(self.numbers)

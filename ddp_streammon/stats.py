@@ -11,7 +11,7 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -167,8 +167,17 @@ class StepStats:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        of_ranks = [asdict(facts) for facts in self.rank_facts]
-        return asdict(replace(self, rank_facts=Ranks())) | {"rank_facts": of_ranks}
+        return {
+            **{name: getattr(self, name) for name in _STEP},
+            "streams": {
+                name: _plain(of) | {"sample": None if of.sample is None else _plain(of.sample)}
+                for name, of in self.streams.items()
+            },
+            "scalars": {name: _plain(scalar) for name, scalar in self.scalars.items()},
+            "rank_facts": self.rank_facts.to_dict(),
+            "local": [_plain(of) for of in self.local],
+            "replicas": [asdict(of) for of in self.replicas],
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StepStats:
@@ -183,7 +192,7 @@ class StepStats:
                 "scalars": {name: Scalar(**scalar) for name, scalar in values["scalars"].items()},
                 "nonfinite_ranks": tuple(values["nonfinite_ranks"]),
                 "unplanned": tuple(values["unplanned"]),
-                "rank_facts": Ranks.of_rows([RankFacts.from_dict(facts) for facts in values["rank_facts"]]),
+                "rank_facts": Ranks.from_dict(values["rank_facts"]),
                 "local": tuple(
                     LocalNorms(of["rank"], tuple(of["norms"]), tuple(of["nonfinite"]), of["parameter"])
                     for of in values["local"]
@@ -191,6 +200,14 @@ class StepStats:
                 "replicas": tuple(Replicas(**{**of, "ranks": tuple(of["ranks"])}) for of in values["replicas"]),
             }
         )
+
+
+_STEP = tuple(item.name for item in fields(StepStats))
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that has slots; `dataclasses.asdict` takes ten times as long."""
+    return {name: getattr(value, name) for name in value.__slots__}
 
 
 @functools.cache

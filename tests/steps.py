@@ -9,7 +9,8 @@ from typing import Any
 
 from ddp_streammon.config import Intent
 from ddp_streammon.described import Setup, StreamSetup
-from ddp_streammon.rank_facts import RankDetail, RankFacts, Ranks, StreamInput
+from ddp_streammon.packet import Slots
+from ddp_streammon.rank_facts import INPUT_CELLS, RankDetail, RankFacts, Ranks, StreamInput
 from ddp_streammon.rules import evidence
 from ddp_streammon.rules.engine import Engine, Rule
 from ddp_streammon.rules.finding import Finding
@@ -18,6 +19,34 @@ from ddp_streammon.stats import Sample, Scalar, StepStats, StreamStats
 STREAMS = ("fou", "pix")
 INPUT = StreamInput(1.0, 0.01, 1.0, 3.0, 0.0, 0.0, 0.01, 1.0)
 SAMPLE = Sample(1e-2, 1.0, 5.0, 1e-2, 8e-3, 4.0, 4.0, 0.0)
+
+
+def ranks_of(rows: Sequence[RankFacts]) -> Ranks:
+    """The facts as they come from a packet; all of them have details, or none."""
+    details = [cells_of(row.detail) for row in rows if row.detail is not None]
+    facts = Slots.of_ranks([row.cells() for row in rows])
+    return Ranks([row.rank for row in rows], facts, Slots.of_ranks(details) if details else None)
+
+
+def cells_of(detail: RankDetail) -> list[float]:
+    """The inverse of `RankDetail.of_cells`; the number of the batch is that of the first stream's inputs."""
+    seen = next((number for number, given in enumerate(detail.inputs) if not math.isnan(given.abs_max)), None)
+    inputs = [input_cells(given, detail.batch if number == seen else 0.0) for number, given in enumerate(detail.inputs)]
+    own = [cell for pair in zip(detail.weights, detail.moved, strict=True) for cell in pair]
+    return [detail.loss, detail.in_eval, *detail.base_lr, *own, *[cell for row in inputs for cell in row]]
+
+
+def input_cells(given: StreamInput, bits: float) -> list[float]:
+    """The inverse of `StreamInput.of_cells`, of one element; `bits`: of the batch."""
+    if math.isnan(given.abs_max):
+        return [given.calls, *[0.0] * (INPUT_CELLS - 1)]
+    constant = given.calls if given.constant else 0.0
+    root = [*_sums(given.mean, given.std), given.nonfinite, constant, bits, given.abs_max]
+    return [given.calls, *root, *_sums(given.first_mean, given.first_std)]
+
+
+def _sums(mean: float, std: float) -> list[float]:
+    return [mean, mean * mean + std * std, 1.0]
 
 
 def setup(ranks: int = 2, **streams: Any) -> Setup:
@@ -70,7 +99,7 @@ def step(
         of_ranks.append(dataclasses.replace(usual, **(facts or {}).get(rank, {})))
     numbers = {"loss": Scalar(loss, loss, ranks, False), "samples": Scalar(32.0 * ranks, 32.0, ranks, True)}
     numbers |= {name: Scalar(value, value, ranks, False) for name, value in (scalars or {}).items()}
-    return StepStats(number, 0.0, of_streams, numbers, ranks, (), scaled, Ranks.of_rows(of_ranks), **changes)
+    return StepStats(number, 0.0, of_streams, numbers, ranks, (), scaled, ranks_of(of_ranks), **changes)
 
 
 def said(

@@ -266,7 +266,7 @@ def test_the_rank_that_stands_out_is_marked_and_its_row_says_by_how_much() -> No
 
 
 def test_times_of_ranks_are_drawn_where_the_record_has_them() -> None:
-    facts = [{"rank": rank, "step_seconds": 0.2, "busy_seconds": 0.1 + 0.1 * rank} for rank in range(3)]
+    facts = {"rank": [0, 1, 2], "step_seconds": 0.2, "busy_seconds": [0.1, 0.2, 0.3]}
     slow = finding("SLOW", "warning", rank=2)
     records = [{**step_record(step, {}, [slow]), "measured": {"rank_facts": facts}} for step in (1, 2)]
     heat = panels(story_of(run_record(), *records))["Busy time of each rank"]
@@ -275,7 +275,7 @@ def test_times_of_ranks_are_drawn_where_the_record_has_them() -> None:
 
 
 def test_a_rank_is_marked_where_the_picture_is_of_what_is_said_of_it() -> None:
-    facts = [{"rank": rank, "busy_seconds": 0.1} for rank in range(2)]
+    facts = {"rank": [0, 1], "busy_seconds": 0.1}
     norms = {f"{name}_local_grad_norm_rank{rank}": 1.0 for name in (*STREAMS, "shared") for rank in range(2)}
     told = [
         finding("LOSS", "warning", rank=1),

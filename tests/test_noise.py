@@ -14,11 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp_streammon import MonitorConfig, StreamMonitor, keys
 from ddp_streammon.noise import MIN_RANKS, MIN_STEPS, NoiseScale, NoiseStep, estimates, noise_scale, steps_of
-from ddp_streammon.rank_facts import RankFacts, Ranks
+from ddp_streammon.rank_facts import RankFacts
 from ddp_streammon.ranks import LocalNorms
 from ddp_streammon.stats import StepStats, StreamStats
 from tests.networks import STREAMS, batch, loss_of, network
 from tests.ranks import run_ranks
+from tests.steps import ranks_of
 
 NAMES = (*STREAMS, "shared")
 RUNS = 300
@@ -129,7 +130,7 @@ def measured(
     facts = tuple(RankFacts(rank, (), (), 1.0, samples[rank], 1.0, 1.0) for rank in ranks)
     local = tuple(LocalNorms(rank, tuple(own), (0, 0), None) for rank, own in enumerate(norms))
     names = {"a": stream, "b": StreamStats(1.0, 0.0, 1.0, 0.5, nonfinite=0, elements=10, tensors=2)}
-    return StepStats(1, None, names, {}, len(samples), (), scaled=False, rank_facts=Ranks.of_rows(facts), local=local)
+    return StepStats(1, None, names, {}, len(samples), (), scaled=False, rank_facts=ranks_of(facts), local=local)
 
 
 def test_squares_are_averaged_and_samples_harmonically() -> None:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp_streammon import Intent, MonitorConfig, Severity, StreamMonitor
 from ddp_streammon.described import Setup, StreamSetup
-from ddp_streammon.rank_facts import RankFacts, Ranks
+from ddp_streammon.rank_facts import RankFacts
 from ddp_streammon.ranks import LocalNorms
 from ddp_streammon.rules.engine import Engine, Rule
 from ddp_streammon.rules.finding import Finding
@@ -27,6 +27,7 @@ from ddp_streammon.rules.of_training import NonFinite
 from ddp_streammon.stats import StepStats, StreamStats
 from tests.networks import STREAMS, loss_of, network
 from tests.ranks import run_ranks
+from tests.steps import ranks_of
 
 WORLDS = [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
 """Two ranks are in the fault zoo, too."""
@@ -204,7 +205,7 @@ def engine_of(rule: Rule, streams: Sequence[str], data_ranks: int = 64) -> Engin
 def step_of(step: int, local: Sequence[LocalNorms], names: Sequence[str], nonfinite: int = 0) -> StepStats:
     stream = StreamStats(1.0, 0.0, 1.0, 1.0, nonfinite=nonfinite, elements=10, tensors=2)
     nan = (math.nan,) * len(names)
-    facts = Ranks.of_rows([RankFacts(of.rank, nan, nan, 1.0, 8.0, 0.1, 0.1) for of in local])
+    facts = ranks_of([RankFacts(of.rank, nan, nan, 1.0, 8.0, 0.1, 0.1) for of in local])
     streams = dict.fromkeys(names, stream)
     return StepStats(step, None, streams, {}, len(local), (), scaled=False, rank_facts=facts, local=tuple(local))
 

@@ -14,12 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp_streammon import MonitorConfig, RuleSet, StreamMonitor
 from ddp_streammon.plan import Measurement
 from ddp_streammon.proof import Proof, shown_cells
-from ddp_streammon.rank_facts import RankFacts, Ranks
+from ddp_streammon.rank_facts import RankFacts
 from ddp_streammon.ranks import Replicas
 from ddp_streammon.shards import Family
 from ddp_streammon.stats import StepStats
 from tests.layouts import Collectives
 from tests.ranks import run_ranks
+from tests.steps import ranks_of
 
 STEPS = 24
 OPENS = 5
@@ -160,7 +161,7 @@ def audit(*found: tuple[bool, bool], ranks: int = 4) -> StepStats:
     """An audit that so many ranks took part in; of each family whether gradients and weights are equal."""
     facts = tuple(RankFacts(rank, (), (), 1.0, 1.0, 1.0, 1.0) for rank in range(ranks))
     replicas = tuple(Replicas("a", gradients=g, weights=w, ranks=()) for g, w in found)
-    return StepStats(1, None, {}, {}, ranks, (), scaled=False, rank_facts=Ranks.of_rows(facts), replicas=replicas)
+    return StepStats(1, None, {}, {}, ranks, (), scaled=False, rank_facts=ranks_of(facts), replicas=replicas)
 
 
 def proof_of(sets: tuple[tuple[int, ...], ...] = ((0, 1), (2, 3))) -> tuple[Proof, Family]:

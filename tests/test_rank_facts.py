@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,7 @@ import pytest
 from ddp_streammon.moments.sample import ABS_MAX, BAD, BITS, CONSTANT
 from ddp_streammon.packet import Slots
 from ddp_streammon.rank_facts import RankDetail, RankFacts, Ranks, StreamInput
+from tests.steps import cells_of, input_cells, ranks_of
 
 NOTHING = StreamInput()
 SEEN = StreamInput(2.0, 0.5, 1.25, 3.0, 1.0, 0.0, 0.25, 0.75)
@@ -47,7 +49,7 @@ def row(rank: int, streams: int = 2) -> RankFacts:
 @pytest.mark.parametrize("streams", [1, 2, 5])
 def test_facts_come_back_from_their_cells(streams: int) -> None:
     facts = row(3, streams)
-    cells, details = facts.cells(), detail(facts).cells()
+    cells, details = facts.cells(), cells_of(detail(facts))
     assert (len(cells), len(details)) == (RankFacts.cell_count(streams), RankDetail.cell_count(streams))
     assert RankFacts.of_cells(3, cells, details) == facts
     assert RankFacts.of_cells(3, cells).detail is None
@@ -57,7 +59,7 @@ def test_facts_come_back_from_their_cells(streams: int) -> None:
     "given", [NOTHING, dataclasses.replace(NOTHING, calls=2.0), SEEN, StreamInput(1.0, *[math.nan] * 2, 3.0, 0.0, 1.0)]
 )
 def test_inputs_come_back_from_their_cells(given: StreamInput) -> None:
-    assert repr(StreamInput.of_cells(given.cells(bits=7.0))) == repr(given)
+    assert repr(StreamInput.of_cells(input_cells(given, bits=7.0))) == repr(given)
 
 
 def test_what_a_rank_does_not_say_stays_unsaid() -> None:
@@ -71,13 +73,13 @@ def test_what_a_rank_does_not_say_stays_unsaid() -> None:
 def test_figures_are_those_of_the_rows_in_their_order(figure: str) -> None:
     rows = [row(rank) for rank in (0, 2, 5)]
     by_figure, of_row = FIGURES[figure]
-    assert list(by_figure(Ranks.of_rows(rows))) == [of_row(own) for own in rows]
+    assert list(by_figure(ranks_of(rows))) == [of_row(own) for own in rows]
 
 
 def test_of_a_packet_ranks_that_took_no_part_are_left_out() -> None:
     rows = [row(rank) for rank in range(4)]
     cells = [[0.0] * len(own.cells()) if own.rank == 2 else own.cells() for own in rows]
-    details = [detail(own).cells() for own in rows]
+    details = [cells_of(detail(own)) for own in rows]
     ranks = Ranks.of_packet(range(4), Slots.of_ranks(cells), Slots.of_ranks(details))
     assert ranks.numbers == (0, 1, 3)
     assert [*ranks] == [rows[0], rows[1], rows[3]]
@@ -91,13 +93,13 @@ def test_of_a_packet_ranks_that_took_no_part_are_left_out() -> None:
     assert everyone != ranks
     nobody = Ranks.of_packet([2], Slots.of_ranks(cells[2:3]), Slots.of_ranks(details[2:3]))
     assert (len(nobody), list(nobody.samples), list(nobody.loss)) == (0, [], [])
-    assert everyone == Ranks.of_rows(rows)
+    assert everyone == ranks_of(rows)
 
 
 def test_without_ranks_or_details_columns_are_empty() -> None:
     nobody = Ranks()
     assert (len(nobody), [*nobody], list(nobody.lr(1)), list(nobody.loss)) == (0, [], [], [])
-    plain = Ranks.of_rows([dataclasses.replace(row(rank), detail=None) for rank in range(2)])
+    plain = ranks_of([dataclasses.replace(row(rank), detail=None) for rank in range(2)])
     assert list(plain.lr(0)) == [0.4, 1.4]
     assert (list(plain.loss), list(plain.calls(0)), list(plain.inputs(0)), plain.without_input(0)) == ([], [], [], [])
 
@@ -108,8 +110,22 @@ def test_inputs_are_of_the_ranks_that_have_called_the_stream() -> None:
     rows = [row(rank) for rank in range(4)]
     for own, seen in zip(rows, given, strict=True):
         own.detail = dataclasses.replace(detail(own), inputs=(seen, SEEN))
-    ranks = Ranks.of_rows(rows)
+    ranks = ranks_of(rows)
     assert dict(ranks.inputs(0)) == {0: given[0], 2: given[2], 3: given[3]}
     assert (ranks.without_input(0), ranks.without_input(1)) == ([2], [])
     assert list(ranks.of_input(0, CONSTANT)) == [0.0, 0.0, 0.0, 2.0]
     assert list(ranks.of_input(0, BITS)) == [1000.0, 0.0, 1002.0, 1003.0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("detailed", [True, False])
+def test_a_record_holds_what_ranks_have_said_and_numbers_that_all_of_them_say_once(count: int, detailed: bool) -> None:
+    rows = [row(rank) if detailed else dataclasses.replace(row(rank), detail=None) for rank in range(count)]
+    told = json.loads(json.dumps(ranks_of(rows).to_dict()))
+    assert Ranks.from_dict(told) == ranks_of(rows)
+    assert told["rank"] == list(range(count))
+    if count:
+        assert (told["training"], told["samples"]) == (1.0, [32.0, 33.0, 34.0][:count] if count > 1 else 32.0)
+    nothing = dataclasses.replace(rows[0], samples=math.nan) if rows else None
+    if nothing is not None:
+        assert math.isnan(Ranks.from_dict(ranks_of([nothing] * 2).to_dict())[1].samples)

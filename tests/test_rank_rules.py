@@ -25,7 +25,7 @@ from ddp_streammon import MonitorConfig, RuleSet, StreamMonitor, stats
 from ddp_streammon.config import Intent
 from ddp_streammon.described import Setup
 from ddp_streammon.packet import CELL_BYTES, LIMIT_BYTES, Layout
-from ddp_streammon.rank_facts import RankFacts, Ranks
+from ddp_streammon.rank_facts import RankFacts
 from ddp_streammon.ranks import Replicas
 from ddp_streammon.rules.engine import Engine
 from ddp_streammon.rules.finding import Finding
@@ -35,7 +35,7 @@ from ddp_streammon.stats import StepStats
 from tests.networks import STREAMS, batch, loss_of, network, part
 from tests.ranks import run_ranks
 from tests.sharding import needs_fsdp2
-from tests.steps import said, setup, step
+from tests.steps import ranks_of, said, setup, step
 
 WORLDS = [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
 """Two ranks are in the fault zoo, too."""
@@ -331,7 +331,7 @@ def standing(facts_at: Callable[[int], list[RankFacts]], steps: int = 100) -> li
     result: list[Finding] = []
     for number in range(1, steps + 1):
         facts = facts_at(number)
-        stats = StepStats(number, None, {}, {}, len(facts), (), False, rank_facts=Ranks.of_rows(facts))
+        stats = StepStats(number, None, {}, {}, len(facts), (), False, rank_facts=ranks_of(facts))
         result = engine.take(stats)
     return result
 
@@ -358,7 +358,7 @@ def test_of_thousands_of_ranks_the_odd_one_is_named_though_it_is_heard_every_thi
         first = number % 30 * 4
         stats = step(number, 4, **(odd if first == 8 and number <= 750 else {}))
         heard = [dataclasses.replace(facts, rank=first + facts.rank) for facts in stats.rank_facts]
-        found = engine.take(dataclasses.replace(stats, rank_facts=Ranks.of_rows(heard)))
+        found = engine.take(dataclasses.replace(stats, rank_facts=ranks_of(heard)))
         assert {finding.rank for finding in found} <= {10}
         told[number] = {finding.rule for finding in found}
     assert told[750] == {"LOSS", "SLOW", "INR"}

@@ -144,11 +144,14 @@ class Story:
 
     def _take_ranks(self, step: int, measured: Any) -> None:
         """What the `measured` field, where there is one, says of each rank's time."""
-        for facts in measured.get("rank_facts", ()) if isinstance(measured, Mapping) else ():
-            for name in ("step_seconds", "busy_seconds"):
-                if _is_number(facts.get(name)) and math.isfinite(facts[name]):
+        facts = measured.get("rank_facts", {}) if isinstance(measured, Mapping) else {}
+        ranks = facts.get("rank", ())
+        for name in ("step_seconds", "busy_seconds"):
+            said = facts.get(name)
+            for rank, seconds in zip(ranks, said if isinstance(said, list) else [said] * len(ranks), strict=False):
+                if _is_number(seconds) and math.isfinite(seconds):
                     of_ranks = self.ranks.setdefault(name, {})
-                    of_ranks.setdefault(facts["rank"], Curve(_COLUMNS)).add(step, facts[name])
+                    of_ranks.setdefault(rank, Curve(_COLUMNS)).add(step, seconds)
 
     def _take_findings(self, kind: str, step: int, findings: Any) -> None:
         now: dict[Any, Mapping[str, Any]] = {}

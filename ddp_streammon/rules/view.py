@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from ddp_streammon import keys
 from ddp_streammon.config import Intent
 from ddp_streammon.described import Setup
-from ddp_streammon.rank_facts import RankDetail, RankFacts, StreamInput
+from ddp_streammon.rank_facts import RankDetail, RankFacts, StreamInput, alike
 from ddp_streammon.ranks import Replicas
 from ddp_streammon.stats import Sample, StepStats
 
@@ -140,11 +140,6 @@ def _prints(stats: StepStats, stream: str) -> set[float]:
     """The numbers of the ranks' samples of a stream's weights."""
     number = list(stats.streams).index(stream)
     return set(stats.rank_facts.weights(number))
-
-
-def alike(values: Sequence[float]) -> bool:
-    """Whether ranks say one number; nan is like nothing."""
-    return values.count(values[0]) == len(values) if values else True
 
 
 TURNS = 40

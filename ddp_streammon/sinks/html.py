@@ -48,10 +48,9 @@ class HtmlSink:
     def write(self, report: Report) -> None:
         """Take in the report."""
         found = [finding.to_dict() for finding in report.findings]
-        ranks = () if report.stats is None else report.stats.rank_facts
-        times = [{"rank": r.rank, "step_seconds": r.step_seconds, "busy_seconds": r.busy_seconds} for r in ranks]
-        measured = {"rank_facts": times}
-        told = {"findings": found, "measured": measured, "monitor_seconds": report.monitor_seconds}
+        told: dict[str, Any] = {"findings": found, "monitor_seconds": report.monitor_seconds}
+        if report.stats is not None:
+            told["measured"] = {"rank_facts": report.stats.rank_facts.to_dict()}
         self._add(report.kind, report.step, report.epoch, values=report.values, **told)
 
     def close(self, outcome: Outcome) -> None:

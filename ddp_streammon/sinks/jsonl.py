@@ -15,6 +15,7 @@ from typing import Any
 from ddp_streammon.report import Outcome, Report, RunInfo
 from ddp_streammon.rules.finding import Finding
 
+_PLAIN = frozenset({int, str, bool, type(None)})
 _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -207,14 +208,16 @@ def _record(
 
 def _strict(value: Any) -> Any:
     """`value` of types that strict JSON has; what it has no type for (a path, a class) becomes its text."""
-    if isinstance(value, Enum):
-        return _strict(value.value)
-    if value is None or isinstance(value, (bool, int, str)):
+    if type(value) in _PLAIN:  # nearly always, with floats
         return value
     if isinstance(value, float):
         if math.isfinite(value):
             return float(value)
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Enum):
+        return _strict(value.value)
+    if isinstance(value, (bool, int, str)):
+        return value
     if isinstance(value, Mapping):
         return {str(key): _strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

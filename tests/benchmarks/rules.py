@@ -24,7 +24,7 @@ from ddp_streammon.rules.engine import Engine
 from ddp_streammon.stats import BAD, DETAIL, FACTS, StepStats, step_layout, step_stats
 from tests.benchmarks import machine
 from tests.benchmarks.timing import table
-from tests.steps import STREAMS, setup, step
+from tests.steps import STREAMS, cells_of, setup, step
 
 NAMES = (*STREAMS, "shared")
 SCALARS = {"loss": False, "samples": True}
@@ -49,7 +49,7 @@ def packed(stats: StepStats, layout: Layout) -> torch.Tensor:
         assert facts.detail is not None
         values = {field.name: torch.full(field.shape, 1 / len(stats.rank_facts)) for field in layout.fields}
         values |= {BAD: torch.zeros(()), FACTS: torch.tensor(facts.cells(), dtype=torch.float64)}
-        values[DETAIL] = torch.tensor(facts.detail.cells(), dtype=torch.float64)
+        values[DETAIL] = torch.tensor(cells_of(facts.detail), dtype=torch.float64)
         packets.append(layout.pack(values, facts.rank))
     return torch.stack(packets).sum(0)
 
