@@ -50,7 +50,9 @@ class HtmlSink:
         found = [finding.to_dict() for finding in report.findings]
         told: dict[str, Any] = {"findings": found, "monitor_seconds": report.monitor_seconds}
         if report.stats is not None:
-            told["measured"] = {"rank_facts": report.stats.rank_facts.to_dict()}
+            ranks = report.stats.rank_facts
+            times = {"step_seconds": list(ranks.step_seconds), "busy_seconds": list(ranks.busy_seconds)}
+            told["measured"] = {"rank_facts": {"rank": list(ranks.numbers), **times}}
         self._add(report.kind, report.step, report.epoch, values=report.values, **told)
 
     def close(self, outcome: Outcome) -> None:
