@@ -17,6 +17,7 @@ LIMIT_BYTES = 65_536
 """Beyond this size ranks fill their slots in turn. Up to it the latency of a sum counts, not its size."""
 CELL_BYTES = 8
 ASIDE = "aside"
+_ZERO = array("d", [0.0])
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Layout:
         Slots have the ranks that were heard, in their order, as a last dimension; of the shape (n,) they are `Slots`.
         Sync: waits for a packet that is not on the host.
         """
-        cells = array("d", bytes(CELL_BYTES * len(packet)))
+        cells = _ZERO * len(packet)
         torch.frombuffer(cells, dtype=torch.float64).copy_(packet)
         plain, slots = self._runs
         fields: dict[str, Any] = {
@@ -170,7 +171,7 @@ class Layout:
         return _placed(self.plain), _placed(self.slots)
 
 
-class Slots(Sequence[Sequence[float]]):
+class Slots(Sequence["array[float]"]):
     """A field of the slots of several ranks: for each of its cells the ranks' numbers, read when they are asked for."""
 
     def __init__(self, cells: array[float], first: int, step: int, *, columns: int, ranks: int) -> None:
@@ -197,7 +198,7 @@ class Slots(Sequence[Sequence[float]]):
         first = self._first + column
         return self._cells[first : first + self._step * self._ranks : self._step or 1]
 
-    def of_rank(self, place: int) -> Sequence[float]:
+    def of_rank(self, place: int) -> array[float]:
         """The cells of the rank at that place among those heard."""
         first = self._first + place * self._step
         return self._cells[first : first + self._columns]
@@ -234,7 +235,7 @@ class Draft:
         self.layout = layout
         first = layout.size + (layout.slot_size if layout.turns > 1 else 0)
         self.spans = layout.spans(rank, turn) | {ASIDE: slice(first, first + aside)}
-        self._said = array("d", bytes(CELL_BYTES * (first + aside)))
+        self._said = _ZERO * (first + aside)
         self._cells = torch.empty(0)
 
     def say(self, name: str, values: Sequence[float], start: int = 0) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ _INPUTS = (
     *("calls", "sum", "sq_sum", "count", "nonfinite", "constant", "bits", "abs_max"),
     *("first_sum", "first_sq_sum", "first_count"),
 )
+_NOBODY = array("d")
 _OTHERS = 5
 """Cells of `RankFacts` beside the streams' learning rates and weight decays."""
 
@@ -146,9 +148,9 @@ class RankFacts:
         return 2 * streams + _OTHERS
 
 
-def alike(values: Sequence[float]) -> bool:
-    """Whether ranks say one number; nan is like nothing."""
-    return values.count(values[0]) == len(values) if values else True
+def alike(column: array[float]) -> bool:
+    """Whether ranks say one number, bit for bit; nobody says one, too."""
+    return column.tobytes() == column[:1].tobytes() * len(column)
 
 
 @functools.cache
@@ -223,45 +225,45 @@ class Ranks(Sequence[RankFacts]):
         return f"Ranks({[*self]})"
 
     @property
-    def training(self) -> Sequence[float]:
+    def training(self) -> array[float]:
         return self._fact(1)
 
     @property
-    def samples(self) -> Sequence[float]:
+    def samples(self) -> array[float]:
         return self._fact(2)
 
     @property
-    def step_seconds(self) -> Sequence[float]:
+    def step_seconds(self) -> array[float]:
         return self._fact(3)
 
     @property
-    def busy_seconds(self) -> Sequence[float]:
+    def busy_seconds(self) -> array[float]:
         return self._fact(4)
 
-    def lr(self, stream: int) -> Sequence[float]:
+    def lr(self, stream: int) -> array[float]:
         return self._fact(_OTHERS + stream)
 
-    def weight_decay(self, stream: int) -> Sequence[float]:
+    def weight_decay(self, stream: int) -> array[float]:
         return self._fact(_OTHERS + self._streams + stream)
 
     @property
-    def loss(self) -> Sequence[float]:
+    def loss(self) -> array[float]:
         return self._detail(0)
 
     @property
-    def in_eval(self) -> Sequence[float]:
+    def in_eval(self) -> array[float]:
         return self._detail(1)
 
-    def base_lr(self, stream: int) -> Sequence[float]:
+    def base_lr(self, stream: int) -> array[float]:
         return self._detail(_DETAILS + stream)
 
-    def weights(self, stream: int) -> Sequence[float]:
+    def weights(self, stream: int) -> array[float]:
         return self._detail(_DETAILS + self._streams + 2 * stream)
 
-    def calls(self, stream: int) -> Sequence[float]:
+    def calls(self, stream: int) -> array[float]:
         return self._input(stream, 0)
 
-    def of_input(self, stream: int, figure: int) -> Sequence[float]:
+    def of_input(self, stream: int, figure: int) -> array[float]:
         """A figure of `moments.sample` of each rank's inputs of a stream, as a sum over its calls."""
         return self._input(stream, 1 + figure)
 
@@ -283,11 +285,11 @@ class Ranks(Sequence[RankFacts]):
     def _of_inputs(self, stream: int) -> int:
         return _DETAILS + 3 * self._streams + INPUT_CELLS * stream
 
-    def _input(self, stream: int, cell: int) -> Sequence[float]:
+    def _input(self, stream: int, cell: int) -> array[float]:
         return self._detail(self._of_inputs(stream) + cell)
 
-    def _fact(self, cell: int) -> Sequence[float]:
-        return self._facts[cell] if self.numbers else ()
+    def _fact(self, cell: int) -> array[float]:
+        return self._facts[cell] if self.numbers else _NOBODY
 
-    def _detail(self, cell: int) -> Sequence[float]:
-        return self._details[cell] if self._details is not None and self.numbers else ()
+    def _detail(self, cell: int) -> array[float]:
+        return self._details[cell] if self._details is not None and self.numbers else _NOBODY

@@ -233,7 +233,6 @@ class View:
         self.streams = tuple([name for name in self.now.streams if name != keys.SHARED])
         """The user's streams, without `shared`."""
         self._numbers = {name: number for number, name in enumerate(self.now.streams)}
-        self._data_ranks = frozenset(setup.data_ranks)
         self._trained: dict[str, bool] = {}
         """Of the streams that were asked for."""
         self.ranks = self.now.rank_facts
@@ -245,7 +244,7 @@ class View:
 
     def of_data(self, by_rank: Mapping[int, T]) -> Mapping[int, T]:
         """What is known of ranks, of those alone that see data of their own: of others that do the first."""
-        if len(self._data_ranks) == self.setup.world:
+        if len(self.setup.data_ranks) == self.setup.world:
             return by_rank
         return {rank: of for rank, of in by_rank.items() if rank in self._data_ranks}
 
@@ -255,6 +254,10 @@ class View:
 
     def sample(self, stream: str) -> Sample | None:
         return self.now.streams[stream].sample
+
+    @cached_property
+    def _data_ranks(self) -> frozenset[int]:
+        return frozenset(self.setup.data_ranks)
 
     @cached_property
     def details(self) -> dict[int, RankDetail]:
