@@ -266,12 +266,24 @@ def test_the_rank_that_stands_out_is_marked_and_its_row_says_by_how_much() -> No
 
 
 def test_times_of_ranks_are_drawn_where_the_record_has_them() -> None:
-    facts = {"rank": [0, 1, 2], "step_seconds": 0.2, "busy_seconds": [0.1, 0.2, 0.3]}
+    facts = {"rank": [0, 1, 2], "busy_seconds": [0.1, 0.2, 0.3]}
     slow = finding("SLOW", "warning", rank=2)
     records = [{**step_record(step, {}, [slow]), "measured": {"rank_facts": facts}} for step in (1, 2)]
     heat = panels(story_of(run_record(), *records))["Busy time of each rank"]
     assert [row["cells"][-1] for row in heat["rows"]] == [-100, 0, 58]
     assert [row["rules"] for row in heat["rows"]] == [[], [], ["SLOW"]]
+
+
+def test_of_many_ranks_the_first_and_those_that_findings_name_are_drawn() -> None:
+    facts = {"rank": list(range(1000)), "busy_seconds": [0.1] * 999 + [0.4]}
+    records = [
+        {**step_record(step, {}, [finding("SLOW", "warning", rank=999)]), "measured": {"rank_facts": facts}}
+        for step in (1, 2)
+    ]
+    heat = panels(story_of(run_record(), *records))["Busy time of each rank"]
+    assert [row["rank"] for row in heat["rows"]] == [*range(64), 999]
+    assert heat["rows"][-1]["cells"][-1] == 200
+    assert "Beyond the first 64, ranks that a finding names." in heat["note"]
 
 
 def test_a_rank_is_marked_where_the_picture_is_of_what_is_said_of_it() -> None:

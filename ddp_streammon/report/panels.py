@@ -11,14 +11,12 @@ from typing import Any
 from ddp_streammon import keys
 from ddp_streammon.report.curves import Curve
 from ddp_streammon.report.pictures import PICTURES, USER_NUMBERS, WHISKERS, Line, Picture, is_own
-from ddp_streammon.report.story import Story, Told
+from ddp_streammon.report.story import BUSY_SECONDS, MOST_RANKS, Story, Told
 
 COLOURS = 8
 """Colours for streams in page.css; with more streams they come again, with other marks."""
 MARKS, ROWS = 300, 16
-_STEP_SECONDS, _BUSY_SECONDS = "step_seconds", "busy_seconds"
 _SLOW, _APART = "SLOW", "OUTLIER"
-_OF_RANKS = {_BUSY_SECONDS: "Busy time of each rank", _STEP_SECONDS: "Step time of each rank"}
 
 
 def drawing(story: Story) -> dict[str, Any]:
@@ -162,7 +160,7 @@ def _heats(story: Story) -> list[dict[str, Any]]:
     found = []
     for name, of_ranks in story.ranks.items():
         parts = keys.parse(name, story.streams)
-        if len(of_ranks) < 2 or name == _STEP_SECONDS:
+        if len(of_ranks) < 2:
             continue
         width = max(curve.width for curve in of_ranks.values())
         means = {rank: curve.means(width) for rank, curve in sorted(of_ranks.items())}
@@ -177,11 +175,14 @@ def _heats(story: Story) -> list[dict[str, Any]]:
         found.append(
             {
                 "kind": "heat",
-                "title": _OF_RANKS.get(name) or f"Gradient of each rank, before the average: {parts.stream}",
+                "title": "Busy time of each rank"
+                if name == BUSY_SECONDS
+                else f"Gradient of each rank, before the average: {parts.stream}",
                 "unit": "times the median rank",
                 "note": "One row a rank, its colour the rank against the median rank in that stretch of steps. A row "
                 "that stands out all along is a rank with other data, or a slow one; what stands out for a moment is "
-                "noise. Outlined: what a finding says of the rank.",
+                "noise. Outlined: what a finding says of the rank."
+                + (f" Beyond the first {MOST_RANKS}, ranks that a finding names." if max(means) >= MOST_RANKS else ""),
                 "width": width,
                 "rows": [
                     {"rank": rank, "cells": row, "rules": _rules_of(story, name, parts.stream, rank)}
@@ -205,7 +206,7 @@ def _rules_of(story: Story, figure: str, stream: str | None, rank: int) -> list[
 
     def speaks(found: Mapping[str, Any]) -> bool:
         rule, of = found.get("rule"), found.get("stream")
-        if found.get("rank") != rank or (rule == _SLOW) != (figure == _BUSY_SECONDS):
+        if found.get("rank") != rank or (rule == _SLOW) != (figure == BUSY_SECONDS):
             return False
         return rule == _SLOW or of == stream or (of is None and (rule != _APART or stream == keys.SHARED))
 

@@ -20,6 +20,9 @@ ALL_CLEAR = "OK"
 """The rule id of the sentence that says how many rules found nothing; it is the verdict, no finding."""
 MOST_CURVES, MOST_FINDINGS, MOST_SPANS = 1_000, 500, 100
 """What is kept of a record that names ever new figures, findings, or times at which one of them stood."""
+MOST_RANKS = 64
+"""More ranks are drawn only if a finding names them, from then on."""
+BUSY_SECONDS = "busy_seconds"
 _COLUMNS = 240
 """Columns of a heat map."""
 _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -145,13 +148,12 @@ class Story:
     def _take_ranks(self, step: int, measured: Any) -> None:
         """What the `measured` field, where there is one, says of each rank's time."""
         facts = measured.get("rank_facts", {}) if isinstance(measured, Mapping) else {}
-        ranks = facts.get("rank", ())
-        for name in ("step_seconds", "busy_seconds"):
-            said = facts.get(name)
-            for rank, seconds in zip(ranks, said if isinstance(said, list) else [said] * len(ranks), strict=False):
-                if _is_number(seconds) and math.isfinite(seconds):
-                    of_ranks = self.ranks.setdefault(name, {})
-                    of_ranks.setdefault(rank, Curve(_COLUMNS)).add(step, seconds)
+        ranks, said = facts.get("rank", ()), facts.get(BUSY_SECONDS)
+        named = {told.latest.get("rank") for told in self.findings.values()}
+        for rank, seconds in zip(ranks, said if isinstance(said, list) else [said] * len(ranks), strict=False):
+            if (rank < MOST_RANKS or rank in named) and _is_number(seconds) and math.isfinite(seconds):
+                of_ranks = self.ranks.setdefault(BUSY_SECONDS, {})
+                of_ranks.setdefault(rank, Curve(_COLUMNS)).add(step, seconds)
 
     def _take_findings(self, kind: str, step: int, findings: Any) -> None:
         now: dict[Any, Mapping[str, Any]] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from ddp_streammon.report import Outcome, Report, RunInfo
 from ddp_streammon.report.page import write
-from ddp_streammon.report.story import Story, read
+from ddp_streammon.report.story import BUSY_SECONDS, Story, read
 
 
 class HtmlSink:
@@ -51,8 +51,7 @@ class HtmlSink:
         told: dict[str, Any] = {"findings": found, "monitor_seconds": report.monitor_seconds}
         if report.stats is not None:
             ranks = report.stats.rank_facts
-            times = {"step_seconds": list(ranks.step_seconds), "busy_seconds": list(ranks.busy_seconds)}
-            told["measured"] = {"rank_facts": {"rank": list(ranks.numbers), **times}}
+            told["measured"] = {"rank_facts": {"rank": list(ranks.numbers), BUSY_SECONDS: list(ranks.busy_seconds)}}
         self._add(report.kind, report.step, report.epoch, values=report.values, **told)
 
     def close(self, outcome: Outcome) -> None:
