@@ -28,17 +28,17 @@ class Reduction:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
         else:
-            self._host = packet
+            self._host = packet if packet.device.type == "cpu" else packet.clone()  # the next one is written there
 
     def wait(self) -> Tensor:
-        """The sum. Sync: waits for the collective (CPU) or for the copy to the host (CUDA)."""
+        """The sum. Sync: waits for the collective (CPU) or for the copy to the host (any other device)."""
         if self._work is not None:
             self._work.wait()
             self._work = None
         if self._event is not None:
             self._event.synchronize()
             self._event = None
-        return self._host
+        return self._host.cpu()
 
     def arrived(self) -> bool:
         """Whether `wait` would return at once; ranks may disagree, so nothing that trains depends on it. Sync: none."""
@@ -89,7 +89,7 @@ class Collective:
         """
         if self.topology.world_size == 1:
             return Reduction(packet, None)
-        work = dist.all_reduce(packet, op=dist.ReduceOp.SUM, group=self.group, async_op=not packet.is_cuda)
+        work = dist.all_reduce(packet, op=dist.ReduceOp.SUM, group=self.group, async_op=packet.device.type == "cpu")
         return Reduction(packet, work)
 
     def gather(self, value: T) -> list[T]:

@@ -40,14 +40,18 @@ class Rows:
     def on_host(self) -> None:
         """Bring the columns to the host that are not there yet: one read from the device."""
         moved: list[tuple[int, int, dict[Column, Tensor]]] = []
-        away = [tensor for *_, columns in self.batches for tensor in columns.values() if tensor.is_cuda]
+        away = [tensor for *_, columns in self.batches for tensor in columns.values() if _away(tensor)]
         if away:
             flat = torch.cat([tensor.to(away[0].device) for tensor in away]).cpu()
             parts = iter(torch.split(flat, [len(tensor) for tensor in away]))
             for place, items, columns in self.batches:
-                here = {name: next(parts) if tensor.is_cuda else tensor for name, tensor in columns.items()}
+                here = {name: next(parts) if _away(tensor) else tensor for name, tensor in columns.items()}
                 moved.append((place, items, here))
             self.batches = moved
+
+
+def _away(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu"
 
 
 @dataclass(frozen=True)
