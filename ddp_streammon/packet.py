@@ -137,7 +137,8 @@ class Layout:
         cells = self.zeros(device)
         for first, fields in ((0, self.plain), (start, slots)):
             runs = [
-                values[field.name].to(cells.device, torch.float64, non_blocking=True).reshape(-1) for field in fields
+                values[field.name].to(cells.device, torch.float64, non_blocking=not on_host).reshape(-1)
+                for field in fields
             ]
             if runs:
                 run = torch.cat(runs)

@@ -35,25 +35,45 @@ Means: TypeAlias = "Mapping[tuple[str, int], Sequence[Tensor | None]]"
 where one has none."""
 
 
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with every tensor inside tuples, lists, mappings and dataclasses replaced; itself where it has none."""
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor], whole: Callable[[Any], Any] | None = None) -> Any:
+    """`value` with every tensor inside tuples, lists, mappings and dataclasses replaced; itself where it has none.
+
+    `whole` gives what stands for a part that is no mapping, or None for one that is to be looked into."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(item, change) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)([map_tensors(item, change) for item in value])
     if isinstance(value, MutableMapping):
         filled = copy.copy(value)
         for key, item in value.items():
-            filled[key] = map_tensors(item, change)
+            filled[key] = map_tensors(item, change, whole)
         return filled
+    changed = None if whole is None else whole(value)
+    if changed is not None:
+        return changed
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, change, whole) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)([map_tensors(item, change, whole) for item in value])
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         changed = copy.copy(value)
         for field in dataclasses.fields(value):  # frozen ones too
-            object.__setattr__(changed, field.name, map_tensors(getattr(value, field.name), change))
+            object.__setattr__(changed, field.name, map_tensors(getattr(value, field.name), change, whole))
         return changed
     return value
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """`value` with its tensors on `device`; what has a `to` of its own (packed sequences, classes of batches) is asked
+    for it. Sync: none, unless it comes to the host."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        # A copy to the host that is not waited for has not arrived when it is read.
+        return tensor.to(device, non_blocking=device.type != "cpu")
+
+    def asked(part: Any) -> Any:
+        own = getattr(part, "to", None)
+        return own(device) if callable(own) and not isinstance(part, type) else None
+
+    return map_tensors(value, moved, asked)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

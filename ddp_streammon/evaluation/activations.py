@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ddp_streammon import keys
 from ddp_streammon.collective import Collective
-from ddp_streammon.evaluation.ablate import map_tensors
+from ddp_streammon.evaluation.ablate import on_device
 from ddp_streammon.evaluation.harmless import undisturbed
 from ddp_streammon.evaluation.scores import to_device
 from ddp_streammon.evaluation.together import Stranded, describe, pace_of, raise_together
@@ -72,7 +72,7 @@ def activation_moments(streams: StreamSet, collective: Collective, inputs: tuple
     with pace.following():
         try:
             with undisturbed(streams.model, collective):
-                pace.attempt(lambda given: streams.model(*map_tensors(given, lambda t: t.to(device))), inputs)
+                pace.attempt(lambda given: streams.model(*on_device(given, device)), inputs)
         except Stranded:
             raise
         except Exception as raised:  # raised on every rank below, so that none waits for this one
@@ -89,7 +89,7 @@ def activation_moments(streams: StreamSet, collective: Collective, inputs: tuple
         raise ValueError("no stage gave a tensor: the streams' modules have no children that the forward calls")
     layout = Layout((Field("sums", (len(stages), 3)),))
     nothing = torch.zeros(3, dtype=torch.float64, device=device)
-    cells = part * torch.stack([sums.get(stage, nothing) for stage in stages])
+    cells = part * torch.stack([sums.get(stage, nothing).to(device) for stage in stages])
     packet = layout.pack({"sums": cells}, collective.topology.rank, device)
     total = layout.unpack(collective.all_reduce(packet.to(collective.device_for(device))).wait())["sums"]
     figures: dict[str, float] = {}

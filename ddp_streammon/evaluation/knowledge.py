@@ -39,7 +39,7 @@ class Store:
     """An observer of a pass: each item's features, and their sums (`measure.Observer`).
 
     An item counts where all streams have data and its weight is not 0, among the first `PROBE_ITEMS`. Memory: a vector
-    of float32 an item and stream, on the device.
+    of float32 an item and stream, on the loss's device.
     """
 
     features: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -66,7 +66,8 @@ class Store:
                 in_front = (t for t in tensors if t.dim() and len(t) == found.items and t.is_floating_point())
                 first = next(in_front, None)
                 if first is not None:
-                    vectors.setdefault(encoder.stream, []).append(pooled(first[rows]))
+                    vector = pooled(first[rows.to(first.device)]).to(rows.device)
+                    vectors.setdefault(encoder.stream, []).append(vector)
         for name, parts in vectors.items():
             self.features.setdefault(name, []).append(torch.cat(parts, 1))
         if found.target is not None:
@@ -108,7 +109,7 @@ def _sums(tensors: Sequence[Tensor], rows: Tensor, items: int) -> list[Tensor]:
     for tensor in tensors:
         dim = item_dim(tensor, items) if tensor.is_floating_point() else None
         if dim is not None:
-            found.append(tensor.index_select(dim, rows).double().sum(dim))
+            found.append(tensor.index_select(dim, rows.to(tensor.device)).double().sum(dim))
         elif tensor.is_floating_point() and tensor.numel() > 1:
             return []
         else:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddp_streammon import keys
 from ddp_streammon.collective import Collective
-from ddp_streammon.evaluation.ablate import Features, Means, Replacement, Variant, map_tensors, tensors_of
+from ddp_streammon.evaluation.ablate import Features, Means, Replacement, Variant, map_tensors, on_device, tensors_of
 from ddp_streammon.evaluation.exchange import Swap, exchanged, partners
 from ddp_streammon.evaluation.harmless import undisturbed
 from ddp_streammon.evaluation.items import Items, Share, share
@@ -208,7 +208,7 @@ class _Pass:
         return mine
 
     def _on_device(self, batch: Any) -> Any:
-        return map_tensors(batch, lambda tensor: tensor.to(self._device, non_blocking=True))
+        return on_device(batch, self._device)
 
     def _batch(self, rows: Rows, items: Items, place: int | None, batch: object) -> None:
         """The batch whole and, if it is one of the first, under each variant; columns of what counts."""

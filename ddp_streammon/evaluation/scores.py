@@ -20,6 +20,8 @@ independent (clips of one video); `"batch"` makes the batch one group (a contras
 [B], true where the stream has data. `target` and `prediction`: classes [B], or values [B, outputs], for the probe.
 `record`: a sequence of B objects that pickle, for a `reduce` of the user's. Any other figure (`correct`, say), [B], is
 averaged over items by weight, as the loss is.
+
+The batch lies on the device of the model's first parameter; one of a class of its own does where it has a `to`.
 """
 
 Criterion: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"

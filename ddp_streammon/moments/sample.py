@@ -41,8 +41,9 @@ def add_sample(row: Tensor, tensor: Tensor, *, compare: bool) -> None:
     else:
         sums = (torch.full_like(count, math.nan), torch.full_like(count, math.nan))
     figures = torch.stack([*sums, count, values.numel() - count, constant, bits])
-    row[:ABS_MAX] += figures.to(row.device, non_blocking=True)
-    largest = torch.linalg.vector_norm(values, math.inf).double().to(row.device, non_blocking=True)
+    later = row.device.type != "cpu"  # a copy to the host that is not waited for has not arrived when it is read
+    row[:ABS_MAX] += figures.to(row.device, non_blocking=later)
+    largest = torch.linalg.vector_norm(values, math.inf).double().to(row.device, non_blocking=later)
     row[ABS_MAX] = torch.maximum(row[ABS_MAX], largest)
 
 
