@@ -26,7 +26,7 @@ from ddp_streammon.config import Intent
 from ddp_streammon.described import Setup
 from ddp_streammon.packet import CELL_BYTES, LIMIT_BYTES, Layout
 from ddp_streammon.rank_facts import RankFacts
-from ddp_streammon.ranks import Replicas
+from ddp_streammon.ranks import LocalNorms, Replicas
 from ddp_streammon.rules.engine import Engine
 from ddp_streammon.rules.finding import Finding
 from ddp_streammon.rules.of_inputs import OtherScale, SameBatch
@@ -485,6 +485,18 @@ def test_equal_inputs_are_not_the_same_batch_where_another_stream_cannot_be_seen
 
     assert said(prompts, 10, rules=[SameBatch()]) == {}
     assert len(said(lambda number: prompts(number, True), 10, rules=[SameBatch()])) == 1
+
+
+def test_where_neither_inputs_nor_losses_are_known_gradients_of_one_norm_tell_the_same_batch() -> None:
+    unseen = {(name, rank): {"calls": 0.0, "abs_max": math.nan} for name in ("pix", "fou") for rank in (0, 1)}
+    silent = {rank: {"loss": math.nan} for rank in (0, 1)}
+
+    def own(of_second: float) -> dict[str, Any]:
+        local = tuple(LocalNorms(rank, (norm,) * 3, (0,) * 3, None) for rank, norm in ((0, 0.5), (1, of_second)))
+        return {"details": silent, "inputs": unseen, "local": local}
+
+    assert list(said(lambda number: own(0.5), 10, rules=[SameBatch()])) == [("SAME", None, None)]
+    assert said(lambda number: own(0.6), 10, rules=[SameBatch()]) == {}
 
 
 OF_TWO_SHARDS: dict[str, tuple[dict[str, Any], tuple[str, str | None, int | None]]] = {

@@ -297,7 +297,8 @@ class SameBatch(Rule):
         numbers = [view.number(stream) for stream in view.streams]
         if any(_all_differ(view.ranks.of_input(number, BITS)) for number in numbers):
             return
-        if not all(any(view.ranks.calls(number)) for number in numbers) and _all_differ(view.ranks.loss):
+        losses = [loss for loss in view.ranks.loss if not math.isnan(loss)]
+        if not all(any(view.ranks.calls(number)) for number in numbers) and _all_differ(losses):
             return
         told = view.of_data(view.details)
         by_batch: dict[tuple[float, float], list[int]] = {}
