@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from ddp_streammon.ranks import LocalNorms, Replicas
 from ddp_streammon.rules.engine import Engine
 from ddp_streammon.rules.finding import Finding
 from ddp_streammon.rules.of_inputs import OtherScale, SameBatch
-from ddp_streammon.rules.of_ranks import Diverged, OtherLoss, Slow, Uneven
+from ddp_streammon.rules.of_ranks import Diverged, OtherLoss, OtherMode, OtherSettings, Slow, Uneven
 from ddp_streammon.stats import StepStats
 from tests.networks import STREAMS, batch, loss_of, network, part
 from tests.ranks import run_ranks
@@ -364,6 +365,46 @@ def test_of_thousands_of_ranks_the_odd_one_is_named_though_it_is_heard_every_thi
     assert told[750] == {"LOSS", "SLOW", "INR"}
     assert sum(told[number] != told[number - 1] for number in range(2, 751)) <= 3  # raised, and never cleared between
     assert told[1499] == set()
+
+
+def turn_of(number: int, fault: Mapping[str, Any], *, turns: int = 12, ranks: int = 8) -> StepStats:
+    """A step in which the ranks of one of the turns are heard, those of the first with a fault."""
+    stats = step(number, ranks, **(fault if number % turns == 0 else {}))
+    heard = [dataclasses.replace(facts, rank=ranks * (number % turns) + facts.rank) for facts in stats.rank_facts]
+    return dataclasses.replace(stats, rank_facts=ranks_of(heard))
+
+
+def test_what_is_said_of_several_ranks_stands_until_their_next_turn() -> None:
+    def two_odd(number: int) -> dict[str, Any]:
+        own = {"loss": 4.0, "weights": (3.0,) * 3, "batch": float(number)}
+        return {
+            "details": {0: own, 1: own},
+            "facts": {rank: {"training": 0.0, "lr": (0.06,) * 3, "samples": 7.0} for rank in (0, 1)},
+            "inputs": {("pix", 0): {"std": 30.0}, ("pix", 1): {"std": 0.03}},
+        }
+
+    exact = {"MODE", "LR", "BATCH", "DESYNC", "SAME"}
+    rules = [OtherLoss(), OtherScale(), OtherMode(), OtherSettings(), Uneven(), Diverged(), SameBatch()]
+    engine = Engine(rules, setup(96), Intent())
+    told: dict[int, set[str]] = {0: set()}
+    for number in range(1, 700):
+        found = engine.take(turn_of(number, two_odd(number) if number <= 360 else {}))
+        assert {finding.rank for finding in found} <= {None}
+        told[number] = {finding.rule for finding in found}
+    assert told[371] == {"LOSS", "INR", *exact}
+    raised = sum(len(told[number] - told[number - 1]) for number in range(1, 700))
+    assert (raised, told[699]) == (7, set())  # each once
+
+
+@pytest.mark.parametrize(("world", "stands"), [(96, True), (95, False)])
+def test_whom_a_finding_is_about_is_kept_with_the_state_of_the_same_world(world: int, stands: bool) -> None:
+    fault = {"facts": {rank: {"lr": (0.06,) * 3} for rank in (0, 1)}}
+    first, second = Engine([OtherSettings()], setup(96), Intent()), Engine([OtherSettings()], setup(world), Intent())
+    first.take(turn_of(12, fault))
+    state = json.loads(json.dumps(first.state_dict()))
+    second.load_state_dict(state)
+    assert (second.state_dict() == state) is stands
+    assert bool(second.take(turn_of(13, fault))) is stands
 
 
 def test_the_first_step_tells_no_pace() -> None:

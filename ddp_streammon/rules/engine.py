@@ -70,6 +70,9 @@ class Signal:
     """Evaluations that it has to hold beyond the rule's `hold`."""
     first: bool = False
     """Whether it is the first of its causes for certain: no other finding explains it."""
+    among: Sequence[int] = ()
+    """Where no single rank is named, those that it is about: until one of them is heard again, which takes long where
+    ranks are heard in turns, it neither holds nor is quiet."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,8 @@ class _Run:
     finding: Finding | None = None
     began: int = 0
     """The step of the first evaluation in a row that it held."""
+    among: Sequence[int] = ()
+    """The ranks of its last signal."""
 
 
 _Key = tuple[str, str | None, int | None]
@@ -283,6 +288,7 @@ class Engine:
                     "longest": run.longest,
                     "quiet": run.quiet,
                     "began": run.began,
+                    "among": list(run.among),
                     "finding": None if run.finding is None else run.finding.to_dict(),
                 }
                 for key, run in self._runs.items()
@@ -305,7 +311,9 @@ class Engine:
             rule, stream, rank = run["key"]
             finding = None if run["finding"] is None else Finding.from_dict(run["finding"])
             if same or rank is None:
-                self._runs[rule, stream, rank] = _Run(run["held"], run["longest"], run["quiet"], finding, run["began"])
+                among = run.get("among", ()) if same else ()
+                said = (run["held"], run["longest"], run["quiet"], finding, run["began"], among)
+                self._runs[rule, stream, rank] = _Run(*said)
 
     def _fail(self, rule: Rule, step: int, error: Exception) -> None:
         reason = f"it failed at step {step}: {type(error).__name__}: {error}"
@@ -322,15 +330,19 @@ class Engine:
         signals = {(signal.stream, signal.rank): signal for signal in found}
         heard = view.heard(rule.every)
         for stream, rank in dict.fromkeys((*signals, *known)):
-            if rank is not None and rank not in heard and (stream, rank) not in signals:
-                continue  # not its turn: nothing is known of it
-            self._follow(rule, (stream, rank), signals.get((stream, rank)), view)
+            signal = signals.get((stream, rank))
+            if signal is None:
+                about = self._runs[rule.id, stream, rank].among if rank is None else (rank,)
+                if about and heard.isdisjoint(about):
+                    continue  # not their turn: nothing is known of it
+            self._follow(rule, (stream, rank), signal, view)
 
     def _follow(self, rule: Rule, whom: tuple[str | None, int | None], signal: Signal | None, view: View) -> None:
         strength = 0.0 if signal is None or math.isnan(signal.strength) else signal.strength
         if strength < 1 and (rule.id, *whom) not in self._runs:
             return
         run = self._runs.setdefault((rule.id, *whom), _Run())
+        run.among = run.among if signal is None else signal.among
         if run.finding is not None:
             run.quiet = 0 if strength >= rule.clear else run.quiet + 1
             if run.quiet >= rule.hold:

@@ -219,6 +219,7 @@ class OtherScale(Rule):
             confirm="the root mean squares agree",
             strength=strength,
             evidence={f"rank {at}": size for at, size in list(sizes.items())[:16]},
+            among=list(sizes),
         )
 
     def _odd(self, sizes: Mapping[int, float], means: Mapping[int, float]) -> tuple[int | None, float]:
@@ -322,6 +323,7 @@ class SameBatch(Rule):
                 do="use DistributedSampler(dataset, num_replicas, rank), or split the shards by rank",
                 confirm="this line clears",
                 evidence={f"rank {rank}": 1.0 for rank in sorted(alike)[:16]},
+                among=alike,
             )
 
     def _change(self, batches: Sequence[float]) -> bool:

@@ -89,6 +89,7 @@ class OtherSettings(Rule):
                     confirm="this line clears; load one state on every rank",
                     evidence={f"rank {at}": value for at, value in list(values.items())[:16]},
                     action=None if rank is None else self._action(view, number, setting, rank),
+                    among=out,
                 )
 
     def _action(self, view: View, number: int, setting: str, wrong: int) -> Action | None:
@@ -147,6 +148,7 @@ class OtherMode(Rule):
                     do=f"call model.train() on {few(bad)}",
                     confirm="this line clears",
                     evidence={f"rank {rank}": value for rank, value in list(values.items())[:16]},
+                    among=bad,
                 )
                 return
 
@@ -184,6 +186,7 @@ class Uneven(Rule):
                 confirm="this line clears",
                 strength=math.exp(min(over, FAR)),
                 evidence={f"rank {at}": n for at, n in list(samples.items())[:16]} | {"threshold": self.factor},
+                among=list(samples),
             )
 
 
@@ -253,6 +256,7 @@ class Diverged(Rule):
                 "the next forward",
                 confirm="this line clears and does not come back",
                 evidence={f"rank {at}": 1.0 for at in out[:16]},
+                among=out,
             )
 
     def _found(self, view: View) -> Iterator[tuple[str, list[int]]]:
@@ -336,6 +340,7 @@ class OtherLoss(Rule):
             confirm="the losses agree",
             strength=min(over, ratio, _above(own, worst) / self.always),
             evidence={f"rank {rank}": loss for rank, loss in list(losses.items())[:16]} | {"threshold": self.factor},
+            among=list(losses),
         )
 
 
