@@ -173,7 +173,10 @@ class Layout:
 
 
 class Slots(Sequence["array[float]"]):
-    """A field of the slots of several ranks: for each of its cells the ranks' numbers, read when they are asked for."""
+    """A field of the slots of several ranks: for each of its cells the ranks' numbers, read when they are asked for.
+
+    Shape: [cells][ranks]; cells are counted from 0 alone.
+    """
 
     def __init__(self, cells: array[float], first: int, step: int, *, columns: int, ranks: int) -> None:
         """The `columns` cells from `first` on are the first rank's, those from `first` + `step` on the next one's."""
@@ -197,7 +200,7 @@ class Slots(Sequence["array[float]"]):
         if not 0 <= column < self._columns:
             raise IndexError(f"no cell {column} in slots of {self._columns}")
         first = self._first + column
-        return self._cells[first : first + self._step * self._ranks : self._step or 1]
+        return self._cells[first : first + self._step * self._ranks : self._step]
 
     def of_rank(self, place: int) -> array[float]:
         """The cells of the rank at that place among those heard."""

@@ -149,7 +149,7 @@ class RankFacts:
 
 
 def alike(column: array[float]) -> bool:
-    """Whether ranks say one number, bit for bit; nobody says one, too."""
+    """Whether all ranks say one number, bit for bit (nan is one; 0.0 and -0.0 are two), or nobody says any."""
     return column.tobytes() == column[:1].tobytes() * len(column)
 
 
@@ -211,6 +211,8 @@ class Ranks(Sequence[RankFacts]):
 
     def __getitem__(self, place: Any) -> Any:
         place = range(len(self))[place]
+        if isinstance(place, range):
+            return [self[own] for own in place]
         if place not in self._rows:
             detail = None if self._details is None else self._details.of_rank(place)
             self._rows[place] = RankFacts.of_cells(self.numbers[place], self._facts.of_rank(place), detail)

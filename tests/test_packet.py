@@ -83,6 +83,16 @@ def test_in_its_turn_a_rank_fills_its_own_slots_exactly() -> None:
         assert [list(fields["slot"].of_rank(place)) for place in range(len(heard))] == [[rank, -rank] for rank in heard]
 
 
+def test_each_field_of_the_slots_has_its_own_cells_alone() -> None:
+    layout = Layout((Field("a", (2,), per_rank=True), Field("b", (1,), per_rank=True)), world_size=3)
+    fields = layout.unpack(torch.arange(9.0, dtype=torch.float64))
+    assert ([*map(list, fields["a"])], [*map(list, fields["b"])]) == ([[0, 3, 6], [1, 4, 7]], [[2, 5, 8]])
+    assert (list(fields["a"].of_rank(1)), list(fields["b"].of_rank(2))) == ([3, 4], [8])
+    for cell in (2, -1):
+        with pytest.raises(IndexError, match=f"no cell {cell} in slots of 2"):
+            fields["a"][cell]
+
+
 def test_a_plain_field_can_be_viewed_where_it_lies_and_a_raw_one_stays_a_tensor() -> None:
     layout = Layout((Field("a"), Field("b", (2, 2)), Field("c", (3,), raw=True), Field("d", per_rank=True)), 2)
     sent = {"a": torch.tensor(1.0), "b": torch.arange(4.0).view(2, 2), "c": torch.arange(3.0), "d": torch.tensor(7.0)}

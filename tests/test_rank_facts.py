@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from array import array
 from collections.abc import Callable, Sequence
 
 import pytest
 
-from ddp_streammon.moments.sample import ABS_MAX, BAD, BITS, CONSTANT
+from ddp_streammon.moments.sample import ABS_MAX, BAD, BITS, CONSTANT, MODULUS
 from ddp_streammon.packet import Slots
-from ddp_streammon.rank_facts import RankDetail, RankFacts, Ranks, StreamInput
+from ddp_streammon.rank_facts import RankDetail, RankFacts, Ranks, StreamInput, alike
 from tests.steps import cells_of, input_cells, ranks_of
 
 NOTHING = StreamInput()
@@ -62,6 +63,40 @@ def test_inputs_come_back_from_their_cells(given: StreamInput) -> None:
     assert repr(StreamInput.of_cells(input_cells(given, bits=7.0))) == repr(given)
 
 
+def test_inputs_of_several_calls_are_constant_in_each_or_not_and_may_have_no_finite_number() -> None:
+    one_of_two = [2.0, 0.0, 8.0, 8.0, 0.0, 1.0, 7.0, 1.0, 0.0, 0.0, 0.0]
+    assert StreamInput.of_cells(one_of_two).constant == 0.0
+    none_finite = StreamInput.of_cells([1.0, 0.0, 0.0, 0.0, 4.0, 0.0, 7.0, 0.0, 0.0, 0.0, 0.0])
+    assert none_finite.nonfinite == 4.0
+    assert math.isnan(none_finite.mean)
+    rounded_down = [1.0, 1.0, 1.0 - 1e-16, 1.0, 0.0, 0.0, 7.0, 1.0, 1.0, 1.0 - 1e-16, 1.0]
+    assert (StreamInput.of_cells(rounded_down).std, StreamInput.of_cells(rounded_down).first_std) == (0.0, 0.0)
+
+
+def test_the_number_of_a_batch_is_that_of_all_streams_that_were_seen() -> None:
+    nothing, plain = [0.0] * 11, [1.0, 0.0, 8.0, 8.0, 0.0, 0.0, MODULUS - 1.0, 1.0, 0.0, 0.0, 0.0]
+    not_finite = [1.0, 0.0, 0.0, 0.0, 4.0, 0.0, 5.0, 0.0, 0.0, 0.0, 0.0]
+    settings = [0.7, 0.0, *[0.1] * 6]
+    assert RankDetail.of_cells([*settings, *plain, *nothing], 2).batch == MODULUS - 1
+    assert RankDetail.of_cells([*settings, *plain, *not_finite], 2).batch == 4.0
+    assert math.isnan(RankDetail.of_cells([*settings, *nothing, *nothing], 2).batch)
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        ([], True),
+        ([2.0], True),
+        ([2.0] * 3, True),
+        ([2.0, 2.0, 3.0], False),
+        ([math.nan] * 2, True),
+        ([0.0, -0.0], False),
+    ],
+)
+def test_ranks_are_alike_where_they_say_the_same_bits(column: Sequence[float], expected: bool) -> None:
+    assert alike(array("d", column)) is expected
+
+
 def test_what_a_rank_does_not_say_stays_unsaid() -> None:
     facts = RankFacts.of_cells(0, RankFacts(0, (math.nan,), (0.0,), 0, math.nan, math.nan, math.nan).cells())
     assert math.isnan(facts.lr[0])
@@ -86,11 +121,15 @@ def test_of_a_packet_ranks_that_took_no_part_are_left_out() -> None:
     assert list(ranks.samples) == [32.0, 33.0, 35.0]
     assert list(ranks.loss) == [0.7, 1.7, 3.7]
     assert ranks[-1] is ranks[2]
+    assert ranks[1:] == [rows[1], rows[3]]
     with pytest.raises(IndexError):
         ranks[3]
+    in_turn = Ranks.of_packet(range(1, 16, 4), Slots.of_ranks(cells), None)
+    assert (in_turn.numbers, in_turn[2].rank) == ((1, 5, 13), 13)
     everyone = Ranks.of_packet(range(4), Slots.of_ranks([own.cells() for own in rows]), Slots.of_ranks(details))
     assert [*everyone] == rows
     assert everyone != ranks
+    assert ranks_of(rows[:1]) != ranks_of(rows[1:2])
     nobody = Ranks.of_packet([2], Slots.of_ranks(cells[2:3]), Slots.of_ranks(details[2:3]))
     assert (len(nobody), list(nobody.samples), list(nobody.loss)) == (0, [], [])
     assert everyone == ranks_of(rows)
@@ -106,7 +145,7 @@ def test_without_ranks_or_details_columns_are_empty() -> None:
 
 def test_inputs_are_of_the_ranks_that_have_called_the_stream() -> None:
     zeros = dataclasses.replace(SEEN, mean=0.0, std=0.0, abs_max=0.0)
-    given = [SEEN, NOTHING, zeros, dataclasses.replace(SEEN, constant=1.0)]
+    given = [SEEN, NOTHING, zeros, dataclasses.replace(SEEN, constant=1.0, abs_max=0.5)]
     rows = [row(rank) for rank in range(4)]
     for own, seen in zip(rows, given, strict=True):
         own.detail = dataclasses.replace(detail(own), inputs=(seen, SEEN))

@@ -310,8 +310,8 @@ class View:
 
     def of_rank(self, rank: int, figure: Callable[[RankFacts], float], count: int) -> list[float]:
         """The finite values of a figure of one rank over the last `count` measured steps."""
-        facts = (next((of for of in step.rank_facts if of.rank == rank), None) for step in self.steps[-count:])
-        return [value for value in (figure(of) for of in facts if of is not None) if math.isfinite(value)]
+        heard = [ranks for step in self.steps[-count:] if rank in (ranks := step.rank_facts).numbers]
+        return list(filter(math.isfinite, [figure(ranks[ranks.numbers.index(rank)]) for ranks in heard]))
 
     def of_ranks(self, figure: Callable[[RankFacts], float], count: int) -> dict[int, list[float]]:
         """The finite values of a figure of each rank over the last `count` measured steps."""
