@@ -10,7 +10,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -471,7 +471,7 @@ def test_the_quick_look_at_inputs_misses_nothing_that_their_medians_would_show()
 
         def inputs(rank: int, draw: random.Random, scale: float, shift: float, noise: float) -> dict[str, float]:
             if draw.random() < noise / 10:
-                return {"mean": math.nan, "std": math.nan}
+                return {"mean": math.nan, "std": math.nan, **draw.choice([{}, {"calls": 0.0, "abs_max": math.nan}])}
             std = math.exp(draw.gauss(0, noise)) * (scale if rank == 1 else 1)
             return {"mean": draw.gauss(shift * (rank == 1), noise), "std": std}
 
@@ -482,6 +482,47 @@ def test_the_quick_look_at_inputs_misses_nothing_that_their_medians_would_show()
         assert quick == thorough
         alarmed += bool(quick)
     assert 5 < alarmed < 35
+
+
+@pytest.mark.parametrize(("detailed", "rates"), [(True, (0.05, 0.08)), (False, (0.05, 0.06))])
+def test_the_advice_is_the_rate_that_a_schedule_starts_from_where_ranks_tell_it(
+    detailed: bool, rates: tuple[float, float]
+) -> None:
+    stats = step(1, 3, facts={1: {"lr": (0.05, 0.06, 0.05)}}, details={1: {"base_lr": (0.05, 0.08, 0.05)}})
+    rows = [own if detailed else dataclasses.replace(own, detail=None) for own in stats.rank_facts]
+    engine = Engine([OtherSettings()], setup(3), Intent())
+    (finding,) = engine.take(dataclasses.replace(stats, rank_facts=ranks_of(rows)))
+    assert finding.action is not None
+    assert (finding.rank, finding.action.value, finding.action.old) == (1, *rates)
+
+
+class Patient(Slow):
+    """Looks at all that ranks say of their pace."""
+
+    def _one_lags(self, behind: Sequence[Sequence[int] | None]) -> bool:
+        return sum(ranks is not None for ranks in behind) >= self.LEAST
+
+
+def test_the_quick_look_at_the_pace_misses_nothing_that_the_median_would_show() -> None:
+    """Rank 1 is slower by up to three thresholds in most steps, with noise; some times are not known."""
+    alarmed = 0
+    for seed in range(30):
+        draw = random.Random(seed)
+        ranks, over, often = draw.choice([2, 3, 4, 5]), draw.uniform(0.0, 0.02), draw.choice([0.8, 0.9, 0.95, 1.0])
+        missing = draw.choice([0.0, 0.02, 0.1])
+        engines = [
+            Engine([rule], setup(ranks), Intent()) for rule in (Slow(hold=1, warm_up=9), Patient(hold=1, warm_up=9))
+        ]
+        told = False
+        for number in range(1, 51):
+            busy = [draw.gauss(0.02, 0.001) + over * (rank == 1 and draw.random() < often) for rank in range(ranks)]
+            known = [math.nan if draw.random() < missing / ranks else seconds for seconds in busy]
+            stats = step(number, ranks, facts={rank: {"busy_seconds": of} for rank, of in enumerate(known)})
+            quick, thorough = (engine.take(stats) for engine in engines)
+            assert quick == thorough
+            told = told or bool(quick)
+        alarmed += told
+    assert 5 < alarmed < 25
 
 
 def audits(weights_differ: range) -> dict[int, list[Finding]]:
