@@ -274,6 +274,14 @@ def test_times_of_ranks_are_drawn_where_the_record_has_them() -> None:
     assert [row["rules"] for row in heat["rows"]] == [[], [], ["SLOW"]]
 
 
+def test_a_record_whose_times_are_not_by_figure_has_a_report_without_them() -> None:
+    rows = [{"rank": rank, "busy_seconds": 0.1} for rank in range(2)]
+    drawn = panels(
+        story_of(run_record(), *[{**step_record(1, {}), "measured": of} for of in ({"rank_facts": rows}, {})])
+    )
+    assert "Busy time of each rank" not in drawn
+
+
 def test_of_many_ranks_the_first_and_those_that_findings_name_are_drawn() -> None:
     facts = {"rank": list(range(1000)), "busy_seconds": [0.1] * 999 + [0.4]}
     records = [

@@ -484,6 +484,12 @@ def test_the_quick_look_at_inputs_misses_nothing_that_their_medians_would_show()
     assert 5 < alarmed < 35
 
 
+@pytest.mark.parametrize(("facts", "details"), [({"training": 0.0}, {}), ({}, {"in_eval": 0.5})])
+def test_the_rank_in_eval_mode_is_named(facts: dict[str, float], details: dict[str, float]) -> None:
+    told = said(lambda _: {"facts": {1: facts}, "details": {1: details}}, 5, ranks=3, rules=[OtherMode()])
+    assert [*told] == [("MODE", None, 1)]
+
+
 @pytest.mark.parametrize(("detailed", "rates"), [(True, (0.05, 0.08)), (False, (0.05, 0.06))])
 def test_the_advice_is_the_rate_that_a_schedule_starts_from_where_ranks_tell_it(
     detailed: bool, rates: tuple[float, float]

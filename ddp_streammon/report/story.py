@@ -147,7 +147,9 @@ class Story:
 
     def _take_ranks(self, step: int, measured: Any) -> None:
         """What the `measured` field, where there is one, says of each rank's time."""
-        facts = measured.get("rank_facts", {}) if isinstance(measured, Mapping) else {}
+        facts = measured.get("rank_facts") if isinstance(measured, Mapping) else None
+        if not isinstance(facts, Mapping):
+            return  # records of earlier versions have a list
         ranks, said = facts.get("rank", ()), facts.get(BUSY_SECONDS)
         named = {told.latest.get("rank") for told in self.findings.values()}
         for rank, seconds in zip(ranks, said if isinstance(said, list) else [said] * len(ranks), strict=False):
