@@ -153,7 +153,7 @@ def loaders(rank: int, world: int) -> dict[str, Items]:
         "collate_fn": Items(pairs),
         "mapping": Items(DataLoader(everything, 5, collate_fn=mapping)),
         "nested mapping": Items(DataLoader(everything, 5, collate_fn=nested_mapping)),
-        "workers": Items(DataLoader(everything, 4, shuffle=True, num_workers=1)),
+        "workers": Items(DataLoader(everything, 4, shuffle=True, num_workers=1, multiprocessing_context="fork")),
     }
 
 
