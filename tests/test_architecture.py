@@ -129,16 +129,20 @@ def test_a_spelled_key_would_be_seen() -> None:
 # What the core needs ----------------------------------------------------------------------------------------------
 
 
+KERNEL = "ddp_streammon.moments.triton"
+"""Imported when it is needed: on CUDA."""
+
+
 def loaded_after(code: str) -> set[str]:
-    """The optional packages that a fresh process has loaded after `code`."""
-    report = f"import sys; print(); print(*sorted(set({OPTIONAL!r}) & sys.modules.keys()))"
+    """The optional packages, and the kernel, that a fresh process has loaded after `code`."""
+    report = f"import sys; print(); print(*sorted({{{KERNEL!r}, *{OPTIONAL!r}}} & sys.modules.keys()))"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; {report}"], capture_output=True, text=True, check=True, cwd=ROOT.parent
     )
     return set(done.stdout.splitlines()[-1].split())
 
 
-def test_the_core_needs_torch_alone_and_the_wandb_sink_imports_no_wandb() -> None:
+def test_the_core_needs_torch_alone_the_wandb_sink_imports_no_wandb_and_a_step_on_cpu_no_kernel() -> None:
     code = (
         "import torch, ddp_streammon as s, ddp_streammon.sinks.wandb, ddp_streammon.adapters.common; "
         "m = torch.nn.ModuleDict({'a': torch.nn.Linear(2, 2)}); w = s.watch(m); w.step(loss=1.0); "
@@ -148,4 +152,5 @@ def test_the_core_needs_torch_alone_and_the_wandb_sink_imports_no_wandb() -> Non
 
 
 def test_an_optional_import_would_be_seen() -> None:
-    assert "wandb" in loaded_after("import sys, types; sys.modules['wandb'] = types.ModuleType('wandb')")
+    for name in ("wandb", KERNEL):
+        assert name in loaded_after(f"import sys, types; sys.modules[{name!r}] = types.ModuleType({name!r})")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
 import sys
 import types
 import warnings
@@ -282,11 +281,6 @@ def test_an_error_of_the_source_is_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 def test_on_cuda_the_kernel_is_tried_and_elsewhere_not() -> None:
     assert isinstance(reader([], 1, torch.device("cuda")), package._OneRead)
     assert not isinstance(reader([], 1, CPU), package._OneRead)
-
-
-def test_the_kernel_is_imported_when_it_is_needed() -> None:
-    code = f"import sys, ddp_streammon.moments; sys.exit({MODULE!r} in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # Samples of batches -----------------------------------------------------------------------------------------------
