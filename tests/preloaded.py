@@ -1,4 +1,4 @@
-"""What the server that forks the processes of tests has imported, so that none of them has to."""
+"""What the server that forks the processes of tests has imported and read, so that none of them has to."""
 
 import gc
 
@@ -7,6 +7,10 @@ import torch._dynamo
 import torch.distributed.fsdp
 import torch.distributed.tensor.parallel  # noqa: F401
 
-import tests.application  # noqa: F401
+from ddp_streammon.train.data.mfeat import labels, views
+from tests.application import EVERYTHING, SMALL, composed
+
+composed([*SMALL, *EVERYTHING])  # Hydra's parsers learn their grammar as they read
+views(), labels()
 
 gc.freeze()  # or each process copies it all in its first full collection
