@@ -1,17 +1,26 @@
-"""What several files of tests read, and the core that each worker of a test run has for itself."""
+"""What several files of tests read, and what each worker of a test run has for itself."""
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
+
+USUAL = gc.get_threshold()
+gc.set_threshold(10_000, 20, 20)  # of the many objects that imports and test functions are, none is ever garbage
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
 if WORKER and hasattr(os, "sched_setaffinity"):
     # With its ranks: gloo's threads spin for a lock as long as its holder waits for a core. On one core it seldom does.
     CORES = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {CORES[int(WORKER) % len(CORES)]})
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.set_threshold(*USUAL)
 
 
 @pytest.fixture(scope="session")

@@ -13,4 +13,5 @@ from tests.application import EVERYTHING, SMALL, composed
 composed([*SMALL, *EVERYTHING])  # Hydra's parsers learn their grammar as they read
 views(), labels()
 
+gc.set_threshold(10_000, 20, 20)  # what torch does at first use makes many objects and hardly any garbage
 gc.freeze()  # or each process copies it all in its first full collection
