@@ -186,8 +186,9 @@ def test_a_checkpoint_goes_on_under_every_other_layout(stopping: Stopping) -> No
 
 def _read_back(overrides: list[str], folder: str) -> dict[str, Any]:
     """What a run that goes on from a checkpoint would save at once."""
-    settings = load(composed(overrides))
-    data, model = data_and_model(composed(overrides), settings)
+    config = composed(overrides)
+    settings = load(config)
+    data, model = data_and_model(config, settings)
     training = build(settings, data, model, Path(folder), {}, torch.device("cpu"))
     try:
         return state_of(training)
@@ -243,8 +244,10 @@ def test_a_declared_frozen_stream_is_not_trained(tmp_path: Path) -> None:
     frozen = [*TINY, *LAYOUTS["fsdp2"], "streams.fou.frozen=true"]
     saved = train_ranks(2, frozen, tmp_path)[0]["saved"]
     assert [group["stream"] for group in saved["optimizer"]["param_groups"]] == ["pix", "shared"]
-    seed_all(load(composed(frozen)).trainer.seed)
-    start = data_and_model(composed(frozen), load(composed(frozen)))[1].state_dict()
+    config = composed(frozen)
+    settings = load(config)
+    seed_all(settings.trainer.seed)
+    start = data_and_model(config, settings)[1].state_dict()
     moved = {
         name.split(".")[1]
         for name, value in saved["model"].items()
