@@ -1,4 +1,4 @@
-"""launch/torchrun.sh, launch/sweep.sh and launch/slurm.sbatch: what they start, and that it runs."""
+"""The scripts of launch/: what they start, and that it runs; the demo, and the picture of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from ddp_streammon.sinks import read_jsonl
 from tests.faults import SMALL
 from tests.scripts import environment, script
-from tests.test_app import ROOT
+from tests.test_app import ROOT, start
 from tests.test_survival import target
 
 TOLD = 'echo "$STREAMMON_RUN: $*"; [[ "$*" != *bad* ]]'
@@ -26,6 +26,19 @@ JOB = (*SMALL, "sinks.wandb.enabled=false", "trainer.epochs=1", *target("slow", 
 @pytest.fixture
 def told(tmp_path: Path) -> dict[str, str]:
     return environment(tmp_path / "environment", torchrun=TOLD)
+
+
+def test_the_demo_trains_and_says_where_to_look(tmp_path: Path) -> None:
+    overrides = ("model.width=4", "trainer.epochs=2", f"hydra.run.dir={tmp_path}/run")
+    done = script("demo.sh", *overrides, folder=tmp_path, variables=environment(tmp_path / "environment"))
+    assert done.returncode == 0, done.stderr
+    last = done.stdout[done.stdout.index("Recommendations:") :]
+    assert f"JSONL file     {tmp_path}/run/metrics.jsonl" in last
+    assert f"W&B run        {tmp_path}/run/wandb/offline-run-" in last
+    pytest.importorskip("matplotlib")
+    plotted = start(str(ROOT / "launch" / "plot_run.py"), f"{tmp_path}/run", "picture.png", folder=tmp_path)
+    assert plotted.returncode == 0, plotted.stderr
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_one_host_needs_no_variables(told: dict[str, str], tmp_path: Path) -> None:
