@@ -270,6 +270,9 @@ def test_a_process_ends_although_nobody_closed_its_sinks(tmp_path: Path) -> None
 def test_forked_processes_write_nothing_twice_and_end(tmp_path: Path) -> None:
     done = script(
         """
+        import gc
+
+        gc.freeze()  # or each process looks at all that torch is made of as it ends
         sinks = FanOut([JsonlSink("log.jsonl")])
         sinks.open(RUN)
         for number, report in enumerate(steps(200)):
