@@ -490,6 +490,16 @@ def test_the_rank_in_eval_mode_is_named(facts: dict[str, float], details: dict[s
     assert [*told] == [("MODE", None, 1)]
 
 
+@pytest.mark.parametrize(("place", "stream"), [(0, "fou"), (1, "pix"), (2, None)])
+def test_other_weights_are_seen_in_any_stream(place: int, stream: str | None) -> None:
+    def change(number: int) -> dict[str, Any]:
+        weights = [float(number)] * 3
+        weights[place] = -1.0
+        return {"details": {1: {"weights": tuple(weights)}}}
+
+    assert [*said(change, 3, ranks=3, rules=[Diverged()])] == [("DESYNC", stream, 1)]
+
+
 @pytest.mark.parametrize(("detailed", "rates"), [(True, (0.05, 0.08)), (False, (0.05, 0.06))])
 def test_the_advice_is_the_rate_that_a_schedule_starts_from_where_ranks_tell_it(
     detailed: bool, rates: tuple[float, float]

@@ -49,12 +49,13 @@ def test_steps_of_ranks_that_are_heard_together_are_kept_beyond_the_window() -> 
 
 def test_of_sets_of_ranks_those_heard_last_are_kept() -> None:
     window = Window()
-    for number in range(1, 2 * SETS):
+    last = 2 * SETS + 4
+    for number in range(1, last + 1):
         window.append(heard(number, (0, number) if number % 2 else (1, 2)))
         together(window, 1, 1)
     kept = window.by_turn(_number)
     assert len(kept) == SETS
-    assert [*kept[1, 2]] == [*range(2 * SETS - 2 * TURNS, 2 * SETS, 2)]
+    assert [*kept[1, 2]] == [*range(last, 0, -2)][:TURNS][::-1]
 
 
 def memory_of(*steps: StepStats) -> Memory:
