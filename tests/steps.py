@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def cells_of(detail: RankDetail) -> list[float]:
 
 
 def input_cells(given: StreamInput, bits: float) -> list[float]:
-    """The inverse of `StreamInput.of_cells`, of one element; `bits`: of the batch."""
+    """The inverse of `StreamInput.of_cells`, of two elements; `bits`: of the batch."""
     if math.isnan(given.abs_max):
         return [given.calls, *[0.0] * (INPUT_CELLS - 1)]
     constant = given.calls if given.constant else 0.0
@@ -46,7 +47,7 @@ def input_cells(given: StreamInput, bits: float) -> list[float]:
 
 
 def _sums(mean: float, std: float) -> list[float]:
-    return [mean, mean * mean + std * std, 1.0]
+    return [2 * mean, 2 * (mean * mean + std * std), 2.0]
 
 
 def setup(ranks: int = 2, **streams: Any) -> Setup:
@@ -111,11 +112,15 @@ def said(
     built: Setup | None = None,
     rules: Sequence[Rule] = evidence.RULES,
 ) -> dict[tuple[str, str | None, int | None], Finding]:
-    """The findings of steps with `change(number)`, at their first time; the loss falls unless it says otherwise."""
+    """The findings of steps with `change(number)`, at their first time; the loss falls unless it says otherwise.
+    Errors: UserWarning where a rule fails."""
     engine = Engine(rules, built or setup(ranks), intent or Intent(frozen=(), classes=10, total_steps=2000))
     first: dict[tuple[str, str | None, int | None], Finding] = {}
     for number in range(1, steps + 1):
         stats = step(number, **{"ranks": ranks, "loss": 0.2 + 2.1 * math.exp(-number / 40), **change(number)})
-        for finding in engine.take(stats):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            findings = engine.take(stats)
+        for finding in findings:
             first.setdefault((finding.rule, finding.stream, finding.rank), finding)
     return first

@@ -468,15 +468,19 @@ def test_the_quick_look_at_inputs_misses_nothing_that_their_medians_would_show()
     for seed in range(40):
         draw = random.Random(seed)
         scale, shift, noise = draw.uniform(1, 4), draw.choice([0, draw.uniform(0, 4)]), draw.choice([0.01, 0.3])
+        missing = draw.choice([0.0, 0.03, 0.4])
 
-        def inputs(rank: int, draw: random.Random, scale: float, shift: float, noise: float) -> dict[str, float]:
-            if draw.random() < noise / 10:
+        def inputs(
+            rank: int, draw: random.Random, scale: float, shift: float, noise: float, missing: float
+        ) -> dict[str, float]:
+            if draw.random() < missing:
                 return {"mean": math.nan, "std": math.nan, **draw.choice([{}, {"calls": 0.0, "abs_max": math.nan}])}
             std = math.exp(draw.gauss(0, noise)) * (scale if rank == 1 else 1)
             return {"mean": draw.gauss(shift * (rank == 1), noise), "std": std}
 
         made = [
-            {"inputs": {("fou", rank): inputs(rank, draw, scale, shift, noise) for rank in range(3)}} for _ in range(41)
+            {"inputs": {("fou", rank): inputs(rank, draw, scale, shift, noise, missing) for rank in range(3)}}
+            for _ in range(41)
         ]
         quick, thorough = (said(made.__getitem__, 40, ranks=3, rules=[rule]) for rule in (OtherScale(), Thorough()))
         assert quick == thorough
@@ -525,10 +529,8 @@ def test_the_quick_look_at_the_pace_misses_nothing_that_the_median_would_show() 
     for seed in range(30):
         draw = random.Random(seed)
         ranks, over, often = draw.choice([2, 3, 4, 5]), draw.uniform(0.0, 0.02), draw.choice([0.8, 0.9, 0.95, 1.0])
-        missing = draw.choice([0.0, 0.02, 0.1])
-        engines = [
-            Engine([rule], setup(ranks), Intent()) for rule in (Slow(hold=1, warm_up=9), Patient(hold=1, warm_up=9))
-        ]
+        missing, eager = draw.choice([0.0, 0.02, 0.1]), {"hold": 1, "warm_up": 4, "clear": 0.5}
+        engines = [Engine([rule], setup(ranks), Intent()) for rule in (Slow(**eager), Patient(**eager))]
         told = False
         for number in range(1, 51):
             busy = [draw.gauss(0.02, 0.001) + over * (rank == 1 and draw.random() < often) for rank in range(ranks)]
