@@ -454,6 +454,19 @@ def test_where_two_of_four_ranks_differ_none_is_named(name: str) -> None:
     assert sentence in told[0]
 
 
+@pytest.mark.parametrize("unseen", [0, 2])
+@pytest.mark.parametrize("of", [{"mean": math.nan, "std": math.nan}, {"calls": 0.0, "abs_max": math.nan}])
+def test_inputs_are_compared_where_a_rank_never_has_any(of: dict[str, float], unseen: int) -> None:
+    inputs = {("pix", 1): {"std": 30.0}, ("pix", unseen): of}
+    engine = Engine([OtherScale()], setup(3), Intent())
+    for number in range(1, 41):
+        stats = step(number, 3, inputs=inputs)
+        if number % 7 == 0:
+            stats = dataclasses.replace(stats, rank_facts=ranks_of(()))  # of a packet without facts
+        found = engine.take(stats)
+    assert [(f.rule, f.stream, f.rank) for f in found] == [("INR", "pix", 1)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Thorough(OtherScale):
     """Without the look that spares the medians where ranks are close."""
