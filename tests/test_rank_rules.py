@@ -455,7 +455,14 @@ def test_where_two_of_four_ranks_differ_none_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize("unseen", [0, 2])
-@pytest.mark.parametrize("of", [{"mean": math.nan, "std": math.nan}, {"calls": 0.0, "abs_max": math.nan}])
+@pytest.mark.parametrize(
+    "of",
+    [
+        {"mean": math.nan, "std": math.nan},
+        {"calls": 0.0, "abs_max": math.nan},
+        {"mean": 0.0, "std": 0.0, "abs_max": 0.0},
+    ],
+)
 def test_inputs_are_compared_where_a_rank_never_has_any(of: dict[str, float], unseen: int) -> None:
     inputs = {("pix", 1): {"std": 30.0}, ("pix", unseen): of}
     engine = Engine([OtherScale()], setup(3), Intent())
@@ -465,6 +472,16 @@ def test_inputs_are_compared_where_a_rank_never_has_any(of: dict[str, float], un
             stats = dataclasses.replace(stats, rank_facts=ranks_of(()))  # of a packet without facts
         found = engine.take(stats)
     assert [(f.rule, f.stream, f.rank) for f in found] == [("INR", "pix", 1)]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(("mean", "named"), [(1.5, False), (-1.5, False), (3.0, True), (-3.0, True)])
+def test_inputs_are_compared_by_their_means_in_the_steps_that_have_any(mean: float, named: bool, every: int) -> None:
+    def inputs(number: int) -> dict[str, Any]:
+        seen = {"mean": mean, "std": 1.0} if number % every == 0 else {"mean": math.nan, "std": math.nan}
+        return {"inputs": {("pix", 1): seen}}
+
+    assert [*said(inputs, 40, ranks=3, rules=[OtherScale(factor=9.0)])] == [("INR", "pix", 1)] * named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -480,7 +497,7 @@ def test_the_quick_look_at_inputs_misses_nothing_that_their_medians_would_show()
     alarmed = 0
     for seed in range(40):
         draw = random.Random(seed)
-        scale, shift, noise = draw.uniform(1, 4), draw.choice([0, draw.uniform(0, 4)]), draw.choice([0.01, 0.3])
+        scale, shift, noise = draw.uniform(1, 4), draw.choice([0, draw.uniform(-4, 4)]), draw.choice([0.01, 0.3])
         missing = draw.choice([0.0, 0.03, 0.4])
 
         def inputs(
