@@ -481,7 +481,7 @@ def test_inputs_are_compared_by_their_means_in_the_steps_that_have_any(mean: flo
         seen = {"mean": mean, "std": 1.0} if number % every == 0 else {"mean": math.nan, "std": math.nan}
         return {"inputs": {("pix", 1): seen}}
 
-    assert [*said(inputs, 40, ranks=3, rules=[OtherScale(factor=9.0)])] == [("INR", "pix", 1)] * named
+    assert [*said(inputs, 40, ranks=3, rules=[OtherScale(factor=16.0)])] == [("INR", "pix", 1)] * named
 
 
 @dataclasses.dataclass(frozen=True)
