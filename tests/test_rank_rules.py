@@ -30,7 +30,7 @@ from ddp_streammon.rank_facts import RankFacts
 from ddp_streammon.ranks import LocalNorms, Replicas
 from ddp_streammon.rules.engine import Engine
 from ddp_streammon.rules.finding import Finding
-from ddp_streammon.rules.of_inputs import OtherScale, SameBatch
+from ddp_streammon.rules.of_inputs import ConstantInput, OtherScale, SameBatch, ZeroInput
 from ddp_streammon.rules.of_ranks import Diverged, OtherLoss, OtherMode, OtherSettings, Slow, Uneven
 from ddp_streammon.stats import StepStats
 from tests.networks import STREAMS, batch, loss_of, network, part
@@ -394,6 +394,23 @@ def test_what_is_said_of_several_ranks_stands_until_their_next_turn() -> None:
     assert told[371] == {"LOSS", "INR", *exact}
     raised = sum(len(told[number] - told[number - 1]) for number in range(1, 700))
     assert (raised, told[699]) == (7, set())  # each once
+
+
+@pytest.mark.parametrize("everyone", [True, False])
+def test_inputs_that_say_nothing_are_told_of_ranks_that_are_heard_in_turns(everyone: bool) -> None:
+    bad = range(8) if everyone else [3]
+    zeros, frozen = {"mean": 0.0, "std": 0.0, "abs_max": 0.0}, {"constant": 1.0}
+    fault = {"inputs": {**{("pix", rank): zeros for rank in bad}, **{("fou", rank): frozen for rank in bad}}}
+    engine = Engine([ZeroInput(), ConstantInput()], setup(96), Intent())
+    told: list[set[tuple[str, str | None, int | None]]] = []
+    for number in range(1, 200):
+        found = engine.take(turn_of(number, fault if number < 100 else {}))
+        told.append({(finding.rule, finding.stream, finding.rank) for finding in found})
+        assert not any("every rank" in finding.seen for finding in found)
+    whom = None if everyone else 3
+    assert told[99] == {("INZ", "pix", whom), ("INC", "fou", whom)}
+    assert [len(told[number]) for number in (11, 23, 35, 47, 59)] == [0, 0, 1, 2, 2]
+    assert told[-1] == set()
 
 
 @pytest.mark.parametrize(("world", "stands"), [(96, True), (95, False)])

@@ -7,14 +7,14 @@ import math
 import statistics
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import truediv
 from typing import ClassVar
 
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
-from ddp_streammon.moments.sample import BITS, CONSTANT, COUNT, SQ_SUM, SUM
-from ddp_streammon.rank_facts import RankFacts, StreamInput
+from ddp_streammon.moments.sample import ABS_MAX, BITS, CONSTANT, COUNT, SQ_SUM, SUM
+from ddp_streammon.rank_facts import RankFacts
 from ddp_streammon.ranks import LocalNorms
 from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
 from ddp_streammon.rules.signals import few
@@ -46,7 +46,8 @@ class _Empty(Rule):
                 continue
             bad = self.empty(view, stream)
             if bad and len(bad) == len(view.ranks):
-                yield self.signal(stream, None, "every rank" if len(bad) > 1 else few(bad))
+                everyone = len(bad) == view.setup.world > 1
+                yield replace(self.signal(stream, None, "every rank" if everyone else few(bad)), among=bad)
             else:
                 for rank in bad:
                     yield self.signal(stream, rank, few([rank]))
@@ -93,13 +94,10 @@ class ConstantInput(_Empty):
         number = view.number(stream)
         if not any(view.ranks.of_input(number, CONSTANT)):
             return []
-        bad = [rank for rank, of in view.ranks.inputs(number) if of.constant == 1 and of.abs_max > 0]
-        return [rank for rank in bad if self._lasts(view, rank, number)]
-
-    def _lasts(self, view: View, rank: int, number: int) -> bool:
-        means = view.of_rank(rank, lambda facts: _input(facts, number).mean, 2)
-        peaks = view.of_rank(rank, lambda facts: _input(facts, number).abs_max, 2)
-        return len(set(means)) <= 1 and len(set(peaks)) == 1 and len(peaks) == min(2, len(view.steps))
+        ((ranks, steps),) = view.together(1, 2, _looks, number)
+        same = {rank for rank, *looks in zip(ranks, *steps, strict=True) if len(set(looks)) == 1}
+        given = view.ranks.inputs(number)
+        return [rank for rank, of in given if of.constant == 1 and of.abs_max > 0 and rank in same]
 
     def signal(self, stream: str, rank: int | None, where: str) -> Signal:
         return Signal(
@@ -113,8 +111,11 @@ class ConstantInput(_Empty):
         )
 
 
-def _input(facts: RankFacts, number: int) -> StreamInput:
-    return StreamInput() if facts.detail is None else facts.detail.inputs[number]
+def _looks(step: StepStats, number: int) -> list[tuple[float, float]]:
+    """Of each rank the mean of a stream's inputs, 0 where it has none, and their largest absolute value."""
+    columns = (step.rank_facts.of_input(number, figure) for figure in (SUM, COUNT, ABS_MAX))
+    rows = zip(*columns, strict=True)
+    return [(total / count if count and not math.isnan(total) else 0.0, peak) for total, count, peak in rows]
 
 
 @dataclass(frozen=True)
