@@ -20,7 +20,8 @@ from ddp_streammon import keys
 from ddp_streammon.config import Intent, Severity
 from ddp_streammon.described import Setup
 from ddp_streammon.rules.finding import Action, Finding
-from ddp_streammon.rules.view import REQUIREMENTS, WINDOW, Memory, View, Window
+from ddp_streammon.rules.memory import WINDOW, Memory, Window
+from ddp_streammon.rules.view import REQUIREMENTS, View
 from ddp_streammon.stats import StepStats
 
 

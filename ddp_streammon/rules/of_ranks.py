@@ -17,9 +17,10 @@ from ddp_streammon.rank_facts import RankFacts, alike
 from ddp_streammon.ranks import outvoted
 from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
 from ddp_streammon.rules.finding import Action
+from ddp_streammon.rules.memory import WINDOW
 from ddp_streammon.rules.of_inputs import alone, odd_one
 from ddp_streammon.rules.signals import few, single
-from ddp_streammon.rules.view import WINDOW, View
+from ddp_streammon.rules.view import View
 from ddp_streammon.stats import StepStats
 
 FAR = 100.0

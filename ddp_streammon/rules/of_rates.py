@@ -12,8 +12,9 @@ from ddp_streammon import keys
 from ddp_streammon.config import Severity
 from ddp_streammon.rules.engine import QUIET, Rule, Signal
 from ddp_streammon.rules.finding import Action
+from ddp_streammon.rules.memory import JUMP
 from ddp_streammon.rules.signals import together
-from ddp_streammon.rules.view import JUMP, View
+from ddp_streammon.rules.view import View
 from ddp_streammon.rules.windows import UNTESTED, Windowed, by_gradient, in_words, scaled, total, update
 
 

@@ -1,4 +1,4 @@
-"""rules/view.py: what is kept of steps, of ranks that are heard together and in turns."""
+"""rules/memory.py: what is kept of steps, of ranks that are heard together and in turns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from ddp_streammon.config import Intent
-from ddp_streammon.rules.view import SETS, TURNS, WINDOW, Memory, View, Window
+from ddp_streammon.rules.memory import SETS, TURNS, WINDOW, Memory, Window
+from ddp_streammon.rules.view import View
 from ddp_streammon.stats import StepStats
 from tests.steps import ranks_of, setup, step
 
