@@ -194,16 +194,17 @@ class Ranks(Sequence[RankFacts]):
                     name: column[0] if alike(column) else list(column)
                     for name, column in zip(names, slots, strict=True)
                 }
-        return told | {"streams": self._streams, "detailed": self._details is not None}
+        return told
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Ranks:
         """The inverse of `to_dict`."""
         numbers = values["rank"]
         slots = []
-        for names in _names(values["streams"])[: 2 if values["detailed"] else 1] if numbers else ():
-            columns = [of if isinstance(of := values[name], list) else [of] * len(numbers) for name in names]
-            slots.append(Slots.of_ranks([*zip(*columns, strict=True)]))
+        for names in _names(sum(name.startswith("lr.") for name in values)):
+            if names[0] in values:
+                columns = [of if isinstance(of := values[name], list) else [of] * len(numbers) for name in names]
+                slots.append(Slots.of_ranks([*zip(*columns, strict=True)]))
         return cls(numbers, *slots)
 
     def __len__(self) -> int:

@@ -184,7 +184,7 @@ class OtherScale(Rule):
             given = dict(view.together(self.every, self.WINDOW, _given, number))
             for ranks, spreads in view.together(self.every, self.WINDOW, _spread, number):
                 if not self._close(spreads):
-                    yield from self._among(stream, view.of_data(_by_rank(ranks, given[ranks])))
+                    yield from self._among(stream, view.of_data(_means_and_sizes(ranks, given[ranks])))
 
     def _close(self, spreads: Sequence[_Spread]) -> bool:
         """Whether ranks are so close in every step that their medians cannot stand apart. Where in each step one rank
@@ -267,7 +267,7 @@ def _given(step: StepStats, number: int) -> tuple[Sequence[float], ...]:
     return tuple(step.rank_facts.of_input(number, figure) for figure in (SUM, SQ_SUM, COUNT))
 
 
-def _by_rank(
+def _means_and_sizes(
     ranks: Sequence[int], steps: Sequence[tuple[Sequence[float], ...]]
 ) -> dict[int, list[tuple[float, float]]]:
     """Of each rank mean and root mean square of its inputs in the steps in which they are known."""
