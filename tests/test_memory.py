@@ -41,11 +41,24 @@ def test_steps_of_ranks_that_are_heard_together_are_kept_beyond_the_window() -> 
         own = [*range(number, 0, -4)][:TURNS][::-1]
         assert together(window, 1, TURNS) == ({turns[number % 4]: own} if number % 4 != 2 else {})
     assert own[0] < 400 - WINDOW
-    assert together(window, 3, 2) == {(0, 1): [396, 400], (4, 5): [395, 399]}
-    assert together(window, 8, 2) == {(0, 1): [396, 400], (2, 3): [393, 397], (4, 5): [395, 399]}
     assert {len(values) for values in window.by_turn(_number).values()} == {TURNS}
     window.append(heard(5, (0, 1)))  # not after the last one
-    assert together(window, 4, 2) == {(0, 1): [5]}
+    assert together(window, 1, 2) == {(0, 1): [5]}
+
+
+def test_ranks_that_are_heard_in_turns_are_compared_in_every_fifth_of_their_own_steps_like_others() -> None:
+    always, in_turns = Window(), Window()
+    turns = [(0, 1), (2, 3), (), (4, 5)]
+    compared: dict[Sequence[int], list[int]] = {turn: [] for turn in turns}
+    for number in range(1, 241):
+        always.append(heard(number, (0, 1)))
+        in_turns.append(heard(number, turns[number % 4]))
+        if number % 5 == 0:
+            assert together(always, 5, 2) == {(0, 1): [number - 1, number]}
+            for ranks, steps in together(in_turns, 5, 2).items():
+                compared[ranks].append(steps[-1])
+    turn_by_turn = {(0, 1): [*range(20, 241, 20)], (2, 3): [*range(17, 241, 20)], (4, 5): [*range(19, 241, 20)]}
+    assert compared == {**turn_by_turn, (): []}
 
 
 def test_of_sets_of_ranks_those_heard_last_are_kept() -> None:

@@ -329,12 +329,12 @@ class Engine:
     ) -> None:
         """`known`: the streams and ranks of which a run of this rule is kept."""
         signals = {(signal.stream, signal.rank): signal for signal in found}
-        heard = view.heard(rule.every)
+        compared = view.compared(rule.every)
         for stream, rank in dict.fromkeys((*signals, *known)):
             signal = signals.get((stream, rank))
             if signal is None:
                 about = self._runs[rule.id, stream, rank].among if rank is None else (rank,)
-                if about and heard.isdisjoint(about):
+                if about and compared.isdisjoint(about):
                     continue  # not their turn: nothing is known of it
             self._follow(rule, (stream, rank), signal, view)
 

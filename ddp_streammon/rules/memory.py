@@ -149,6 +149,9 @@ class Window:
     def __init__(self) -> None:
         self.steps: deque[StepStats] = deque(maxlen=WINDOW)
         self._taken = 0
+        self._heard: deque[tuple[Sequence[int], int]] = deque(maxlen=WINDOW)
+        """The ranks that were heard in each, and in how many steps they were by then."""
+        self._times: dict[Sequence[int], int] = {}
         self._columns: dict[Hashable, _Column] = {}
         """By figure and what it is of."""
         self._turns: dict[Hashable, _Turns] = {}
@@ -159,10 +162,16 @@ class Window:
             self.clear()
         self.steps.append(stats)
         self._taken += 1
+        ranks = stats.rank_facts.numbers
+        times = self._times.pop(ranks, 0) + 1
+        _keep(self._times, ranks, times)
+        self._heard.append((ranks, times))
 
     def clear(self) -> None:
         """Forget everything."""
         self.steps.clear()
+        self._heard.clear()
+        self._times.clear()
         self._columns.clear()
         self._turns.clear()
 
@@ -181,14 +190,18 @@ class Window:
         """The same by the ranks that were heard in a step: of each set of them the last `TURNS` steps."""
         kept = self._turns.setdefault((figure, *of), _Turns())
         for step in _last(self.steps, self._taken - kept.taken):
-            ranks = ranks_heard(step)
+            ranks = step.rank_facts.numbers
             values = kept.values.pop(ranks, None) or deque(maxlen=TURNS)
             values.append(figure(step, *of))
-            kept.values[ranks] = values
-            if len(kept.values) > SETS:
-                del kept.values[next(iter(kept.values))]
+            _keep(kept.values, ranks, values)
         kept.taken = self._taken
         return kept.values
+
+    def due(self, every: int) -> list[Sequence[int]]:
+        """The sets of ranks that were heard together in the last `every` steps, and of whose own steps one in these was
+        an `every`-th: where all ranks are heard in every step this set, where they are heard in turns few."""
+        own = _last(self._heard, every)
+        return [*dict.fromkeys(ranks for ranks, times in own if ranks and not times % every)]
 
 
 @dataclass
@@ -211,6 +224,8 @@ def _last(items: deque[T], count: int) -> Iterator[T]:
     return itertools.islice(items, max(len(items) - count, 0), None)
 
 
-def ranks_heard(step: StepStats) -> Sequence[int]:
-    """The ranks of which a step has facts."""
-    return step.rank_facts.numbers
+def _keep(of_sets: dict[Sequence[int], T], ranks: Sequence[int], value: T) -> None:
+    """Put in what was taken out; of too many sets the one that was not heard for longest is left out."""
+    of_sets[ranks] = value
+    if len(of_sets) > SETS:
+        del of_sets[next(iter(of_sets))]

@@ -6,15 +6,16 @@ import itertools
 import math
 import statistics
 from abc import abstractmethod
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import truediv
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
 from ddp_streammon.moments.sample import ABS_MAX, BITS, CONSTANT, COUNT, SQ_SUM, SUM
-from ddp_streammon.rank_facts import RankFacts
+from ddp_streammon.rank_facts import RankFacts, alike
 from ddp_streammon.ranks import LocalNorms
 from ddp_streammon.rules.engine import QUIET, Kind, Rule, Signal
 from ddp_streammon.rules.signals import few
@@ -180,19 +181,17 @@ class OtherScale(Rule):
 
     def check(self, view: View) -> Iterator[Signal]:
         for stream in view.streams:
-            number = view.number(stream)
-            given = dict(view.together(self.every, self.WINDOW, _given, number))
-            for ranks, spreads in view.together(self.every, self.WINDOW, _spread, number):
-                if not self._close(spreads):
-                    yield from self._among(stream, view.of_data(_means_and_sizes(ranks, given[ranks])))
+            for ranks, steps in view.together(self.every, self.WINDOW, _given, view.number(stream)):
+                if not self._close(steps):
+                    yield from self._among(stream, view.of_data(_means_and_sizes(ranks, steps)))
 
-    def _close(self, spreads: Sequence[_Spread]) -> bool:
+    def _close(self, steps: Sequence[_Given]) -> bool:
         """Whether ranks are so close in every step that their medians cannot stand apart. Where in each step one rank
         has at most a factor times another's size, or a distance more than its mean, so it has in their medians."""
-        told = [spread for spread in spreads if not math.isnan(spread.least)]
-        factor = max((spread.factor for spread in told), default=1.0)
-        shift = max((spread.shift for spread in told), default=0.0)
-        least = min((spread.least for spread in told), default=1.0)
+        told = [step for step in steps if not math.isnan(step.least)]
+        factor = max((step.factor for step in told), default=1.0)
+        shift = max((step.shift for step in told), default=0.0)
+        least = min((step.least for step in told), default=1.0)
         return factor < self.factor**QUIET and shift < QUIET * self.shift * least
 
     def _among(self, stream: str, given: Mapping[int, Sequence[tuple[float, float]]]) -> Iterator[Signal]:
@@ -240,40 +239,46 @@ class OtherScale(Rule):
         return (most if far[most] > far[near] + math.log(self.factor) / 2 else None), strength
 
 
-@dataclass(frozen=True)
-class _Spread:
-    """How far ranks are apart in a stream's inputs of a step: the largest root mean square over the least, the largest
-    mean less the least, and the least root mean square. nan where no rank has any, infinite where some have none."""
+class _Given(NamedTuple):
+    """Of each rank the sum, the sum of squares and the number of the elements of a stream's inputs of a step, and how
+    far ranks are apart: the largest root mean square over the least, the largest mean less the least, and the least
+    root mean square. nan where no rank has any, infinite where some have none."""
 
+    totals: array[float]
+    squares: array[float]
+    counts: array[float]
     factor: float
     shift: float
     least: float
 
 
-def _spread(step: StepStats, number: int) -> _Spread:
-    totals, squares, counts = _given(step, number)
+def _given(step: StepStats, number: int) -> _Given:
+    totals, squares, counts = (step.rank_facts.of_input(number, figure) for figure in (SUM, SQ_SUM, COUNT))
     if 0.0 in counts or not math.isfinite(sum(squares)):
         known = any(math.isfinite(square) and count for square, count in zip(squares, counts, strict=True))
-        return _Spread(math.inf, math.inf, 0.0) if known else _Spread(math.nan, math.nan, math.nan)
+        far, least = (math.inf, 0.0) if known else (math.nan, math.nan)
+        return _Given(totals, squares, counts, far, far, least)
     if not counts:
-        return _Spread(math.nan, math.nan, math.nan)
-    sizes, means = list(map(truediv, squares, counts)), list(map(truediv, totals, counts))
-    least = math.sqrt(min(sizes))
-    return _Spread(math.sqrt(max(sizes)) / least if least else math.inf, max(means) - min(means), least)
+        return _Given(totals, squares, counts, math.nan, math.nan, math.nan)
+    if alike(counts):
+        smallest, largest, lowest, highest = (of / counts[0] for of in _extremes(squares) + _extremes(totals))
+    else:
+        sizes, means = list(map(truediv, squares, counts)), list(map(truediv, totals, counts))
+        smallest, largest, lowest, highest = _extremes(sizes) + _extremes(means)
+    least = math.sqrt(smallest)
+    factor = math.sqrt(largest) / least if least else math.inf
+    return _Given(totals, squares, counts, factor, highest - lowest, least)
 
 
-def _given(step: StepStats, number: int) -> tuple[Sequence[float], ...]:
-    """Of each rank the sum, the sum of squares and the number of the elements of a stream's inputs."""
-    return tuple(step.rank_facts.of_input(number, figure) for figure in (SUM, SQ_SUM, COUNT))
+def _extremes(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
 
 
-def _means_and_sizes(
-    ranks: Sequence[int], steps: Sequence[tuple[Sequence[float], ...]]
-) -> dict[int, list[tuple[float, float]]]:
+def _means_and_sizes(ranks: Sequence[int], steps: Sequence[_Given]) -> dict[int, list[tuple[float, float]]]:
     """Of each rank mean and root mean square of its inputs in the steps in which they are known."""
     found: dict[int, list[tuple[float, float]]] = {rank: [] for rank in ranks}
     for step in steps:
-        for rank, total, squares, count in zip(ranks, *step, strict=False):
+        for rank, total, squares, count in zip(ranks, step.totals, step.squares, step.counts, strict=False):
             if count and math.isfinite(squares):
                 found[rank].append((total / count, math.sqrt(squares / count)))
     return found
@@ -312,19 +317,19 @@ class SameBatch(Rule):
         if by_batch:
             same = [rank for ranks in by_batch.values() if len(ranks) > 1 for rank in ranks]
             batches = view.of_ranks(_batch, self.hold) if same else {}
-            alike = [rank for rank in same if self._change(batches.get(rank, []))]
+            twins = [rank for rank in same if self._change(batches.get(rank, []))]
         elif len(view.setup.data_ranks) == view.setup.world:
-            alike = _of_one_norm(view.now.local)
+            twins = _of_one_norm(view.now.local)
         else:
-            alike = []
-        if alike:
+            twins = []
+        if twins:
             yield Signal(
-                seen=f"{few(sorted(alike))} are fed the same batches",
+                seen=f"{few(sorted(twins))} are fed the same batches",
                 likely="a sampler that was built without rank and number of replicas",
                 do="use DistributedSampler(dataset, num_replicas, rank), or split the shards by rank",
                 confirm="this line clears",
-                evidence={f"rank {rank}": 1.0 for rank in sorted(alike)[:16]},
-                among=alike,
+                evidence={f"rank {rank}": 1.0 for rank in sorted(twins)[:16]},
+                among=twins,
             )
 
     def _change(self, batches: Sequence[float]) -> bool:
@@ -339,8 +344,8 @@ def _of_one_norm(local: Sequence[LocalNorms]) -> list[int]:
     """Ranks whose own gradients have the norms of another's in every stream; sorted by them, these are neighbours."""
     told = [of for of in local if all(map(math.isfinite, of.norms)) and any(of.norms)]
     pairs = itertools.pairwise(sorted(told, key=lambda of: of.norms))
-    alike = [(a.rank, b.rank) for a, b in pairs if all(map(_equal, a.norms, b.norms))]
-    return sorted({rank for pair in alike for rank in pair})
+    twins = [(a.rank, b.rank) for a, b in pairs if all(map(_equal, a.norms, b.norms))]
+    return sorted({rank for pair in twins for rank in pair})
 
 
 def _equal(a: float, b: float) -> bool:

@@ -6,10 +6,13 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
+
+import torch
 
 from ddp_streammon import keys
 from ddp_streammon.config import Severity
@@ -284,10 +287,15 @@ def _moved(facts: RankFacts, number: int) -> float:
     return math.nan if facts.detail is None else facts.detail.moved[number]
 
 
-def _by_rank(ranks: Sequence[int], rows: Sequence[Sequence[float]]) -> dict[int, list[float]]:
-    """A figure of ranks that are heard together, by rank: its values in the steps in which all of them gave one."""
-    told = [row for row in rows if math.isfinite(sum(row))]
-    return dict(zip(ranks, map(list, zip(*told, strict=True)), strict=False))
+def _told_by_all(rows: Sequence[array[float]]) -> list[array[float]]:
+    """Of a figure of ranks that are heard together the steps in which all of them gave one."""
+    return [row for row in rows if math.isfinite(sum(row))]
+
+
+def _medians(rows: Sequence[array[float]]) -> list[float]:
+    """The median of each column; of 128 columns of 20 rows in a third of the time that `statistics.median` takes."""
+    table = torch.frombuffer(bytearray().join(rows), dtype=torch.float64).view(len(rows), -1).sort(dim=0).values
+    return ((table[(len(rows) - 1) // 2] + table[len(rows) // 2]) / 2).tolist()
 
 
 @dataclass(frozen=True)
@@ -314,21 +322,24 @@ class OtherLoss(Rule):
 
     def check(self, view: View) -> Iterator[Signal]:
         for ranks, losses in view.together(self.every, self.WINDOW, _losses):
-            yield from self._among(view, view.of_data(_by_rank(ranks, losses)))
+            told = _told_by_all(losses)
+            if len(told) >= self.WINDOW // 2:
+                yield from self._among(view, ranks, told)
 
-    def _among(self, view: View, own: Mapping[int, Sequence[float]]) -> Iterator[Signal]:
-        """Of ranks that are heard together."""
-        losses = {rank: statistics.median(of) for rank, of in own.items() if len(of) >= self.WINDOW // 2}
+    def _among(self, view: View, ranks: Sequence[int], told: Sequence[array[float]]) -> Iterator[Signal]:
+        """Of ranks that are heard together, their losses in several steps."""
+        losses = view.of_data(dict(zip(ranks, _medians(told), strict=True)))
         if len(losses) < 2:
             return
         worst = max(losses, key=losses.__getitem__)
-        usual = statistics.median(loss for rank, loss in losses.items() if rank != worst)
+        usual = statistics.median(sorted(losses.values())[:-1])
         start = abs(statistics.fmean(view.memory.losses)) if view.memory.losses else math.inf
         least = min(self.least, start / 2)
         over = (losses[worst] - usual) / least if least > 0 else 0.0
         ratio = losses[worst] / usual / self.factor if usual > 0 else math.inf
         if min(over, ratio) < QUIET:
             return
+        own = view.of_data(dict(zip(ranks, zip(*told, strict=True), strict=True)))
         rank = alone(worst, losses, self.factor)
         seen = f"the loss of rank {worst} is {losses[worst]:.3g}, that of the others {usual:.3g}"
         yield Signal(
@@ -345,25 +356,28 @@ class OtherLoss(Rule):
         )
 
 
-def _losses(step: StepStats) -> Sequence[float]:
-    return step.rank_facts.loss or [math.nan] * len(step.rank_facts)
+def _losses(step: StepStats) -> array[float]:
+    return step.rank_facts.loss or array("d", [math.nan] * len(step.rank_facts))
 
 
-def _busy(step: StepStats) -> Sequence[float]:
-    return step.rank_facts.busy_seconds
+class _Pace(NamedTuple):
+    """Seconds that ranks are busy in a step, those of the whole step, and the ranks that are `behind` the others; None
+    where one does not know."""
+
+    busy: array[float]
+    whole: array[float]
+    behind: list[int] | None
 
 
-def _seconds(step: StepStats) -> Sequence[float]:
-    return step.rank_facts.step_seconds
-
-
-def _behind(step: StepStats, seconds: float) -> list[int] | None:
-    """The ranks that are busy so much longer than the median of the others; None where one does not know."""
-    busy = _busy(step)
-    if len(busy) < 2 or not math.isfinite(sum(busy)):
-        return None
-    least = statistics.median(sorted(busy)[:-1]) + seconds  # of the others, whichever rank above it is left out
-    return [rank for rank, own in zip(step.rank_facts.numbers, busy, strict=True) if own >= least]
+def _pace(step: StepStats, seconds: float) -> _Pace:
+    """`seconds`: by which a rank is busy longer than the median of the others to be behind."""
+    facts = step.rank_facts
+    busy, behind = facts.busy_seconds, None
+    if len(busy) > 1 and math.isfinite(sum(busy)):
+        *others, last = sorted(busy)
+        least = statistics.median(others) + seconds  # of the others, whichever rank above it is left out
+        behind = [] if last < least else [rank for rank, own in zip(facts.numbers, busy, strict=True) if own >= least]
+    return _Pace(busy, facts.step_seconds, behind)
 
 
 def _above(of_ranks: Mapping[int, Sequence[float]], rank: int) -> float:
@@ -397,12 +411,10 @@ class Slow(Rule):
     """Of a step: a choice, less is not worth a word."""
 
     def check(self, view: View) -> Iterator[Signal]:
-        busy = dict(view.together(self.every, self.WINDOW, _busy))
-        seconds = dict(view.together(self.every, self.WINDOW, _seconds))
-        for ranks, behind in view.together(self.every, self.WINDOW, _behind, QUIET * self.least):
-            if self._one_lags(behind):
-                of_steps = dict(zip(ranks, zip(*seconds[ranks], strict=True), strict=True))
-                yield from self._among(_by_rank(ranks, busy[ranks]), of_steps)
+        for ranks, steps in view.together(self.every, self.WINDOW, _pace, QUIET * self.least):
+            if self._one_lags([step.behind for step in steps]):
+                rows = (_told_by_all([step.busy for step in steps]), [step.whole for step in steps])
+                yield from self._among(*(dict(zip(ranks, zip(*of, strict=True), strict=True)) for of in rows))
 
     def _one_lags(self, behind: Sequence[Sequence[int] | None]) -> bool:
         """Whether a rank is behind the others in nearly all of the steps that tell."""

@@ -13,7 +13,7 @@ from ddp_streammon import keys
 from ddp_streammon.config import Intent
 from ddp_streammon.described import Setup
 from ddp_streammon.rank_facts import RankDetail, RankFacts, StreamInput, alike
-from ddp_streammon.rules.memory import WINDOW, Memory, Window, ranks_heard
+from ddp_streammon.rules.memory import WINDOW, Memory, Window
 from ddp_streammon.stats import Sample, StepStats
 
 T = TypeVar("T")
@@ -129,16 +129,15 @@ class View:
     def together(
         self, every: int, count: int, figure: Callable[..., T], *of: Hashable
     ) -> Iterator[tuple[Sequence[int], list[T]]]:
-        """Of each set of ranks that was heard together in the last `every` steps: `figure(step, *of)` of the last
-        `count` of its steps, at most `TURNS`. One set, unless ranks are heard in turns."""
+        """`figure(step, *of)` of the last `count` steps, at most `TURNS`, of each set of ranks whose turn it is to be
+        compared, which is every `every`-th of their own steps. One set, unless ranks are heard in turns."""
         by_turn = self._window.by_turn(figure, *of)
-        for ranks in dict.fromkeys(self._window.column(every, ranks_heard)):
-            if ranks:
-                yield ranks, [*by_turn[ranks]][-count:]
+        for ranks in self._window.due(every):
+            yield ranks, [*by_turn[ranks]][-count:]
 
-    def heard(self, count: int) -> set[int]:
-        """The ranks that were heard in one of the last `count` measured steps."""
-        return set().union(*set(self._window.column(count, ranks_heard)))
+    def compared(self, every: int) -> set[int]:
+        """The ranks of these sets."""
+        return set().union(*self._window.due(every))
 
     def missing(self, requires: Sequence[str]) -> str:
         """Why a rule that requires these cannot be evaluated; empty if it can."""
