@@ -1,9 +1,10 @@
 """How the monitored step's host cost grows with tensors and ranks: `python -m tests.benchmarks.growth`.
 
 One process. Ranks are those of PyTorch's fake process group, whose collectives return at once: what is left is what
-this project does itself. It leaves the slots of other ranks empty; they are filled as a sum over healthy ranks would.
-Packing, unpacking and statistics are also timed alone, on a packet in which every cell is filled. Every size is called
-once in each repeat; figures are medians of host milliseconds, ratios are paired, with their 95 % bootstrap interval.
+this project does itself. It leaves the slots of other ranks empty; they are filled as a sum over healthy ranks would,
+inputs of streams included. A step over ranks is a mean over `LAP` steps, since some rules look in every fifth. What is
+done with the packet that has arrived is also timed alone. Every size is called once in each repeat; figures are medians
+of host milliseconds, ratios are paired, with their 95 % bootstrap interval.
 """
 
 from __future__ import annotations
@@ -22,24 +23,25 @@ from torch import nn
 from ddp_streammon import StreamMonitor
 from ddp_streammon.collective import Reduction
 from ddp_streammon.moments import reader
-from ddp_streammon.packet import Layout
-from ddp_streammon.stats import DETAIL, FACTS, step_layout, step_stats
+from ddp_streammon.plan import Plan
+from ddp_streammon.rank_facts import INPUT_CELLS
+from ddp_streammon.stats import DETAIL, FACTS, step_stats
 from tests.benchmarks import machine
 from tests.benchmarks.counting import dispatched
 from tests.benchmarks.gradients import whole
 from tests.benchmarks.timing import Call, Ratio, Timer, Times, median, table
 
 NAMES = ("rgb", "depth", "shared")
-SCALARS = {"loss": False, "samples": True}
 ELEMENTS = 64
 """Of a tensor: so few that what is seen is the cost of a tensor, not of its elements."""
 BUSY = 4
 """Of the cells of a rank's facts: how long it is busy in a step."""
+PARTS = ("unpack", "stats")
+"""Of what is done with a packet that has arrived."""
 DRAWN = 50
 """Steps after which ranks say the same again."""
-GOAL = 64 * 1024
-"""Bytes of a packet at `GOAL_RANKS` ranks."""
-GOAL_RANKS = 1024
+LAP = 40
+"""Steps whose mean is a time: a multiple of the steps between two evaluations of every rule."""
 
 
 def network(tensors: int, device: torch.device) -> nn.Module:
@@ -58,7 +60,7 @@ def monitored(model: nn.Module, ranks: int | None = None) -> StreamMonitor:
     """A monitor of the model's streams, without a process group or on the last of so many ranks.
 
     The last, since it reads the last chunk of the gradients, which here is the only one. The fake group answers for
-    the others what this rank says, so it says what can be true of all: that they see the same data.
+    the others what this rank says while it is built, so that they see the same data can be true of all.
     """
     streams = {name: name for name in NAMES[:2]}
     if ranks is None:
@@ -70,21 +72,30 @@ def monitored(model: nn.Module, ranks: int | None = None) -> StreamMonitor:
     return monitor
 
 
-def answer(monitor: StreamMonitor, ranks: int) -> None:
-    """Let every rank say what this one says, but of a loss and a pace of its own, and have rules compare them."""
-    monitor._engine.setup = replace(monitor._engine.setup, data_ranks=tuple(range(ranks)))
-    monitor.step(loss=1.0, samples=8)  # the first one compares replicas
+def plan_of(monitor: StreamMonitor) -> Plan:
+    """What the packets of its steps hold."""
     plan = monitor._steps._plan
     assert plan is not None
-    layout, send = plan.layout, monitor._collective.all_reduce
+    return plan
+
+
+def answer(monitor: StreamMonitor, ranks: int) -> None:
+    """Let every rank say what this one says, but of a loss, a pace and inputs of its own; have rules compare them."""
+    monitor._collective.share_data([(rank,) for rank in range(ranks)])
+    monitor._engine.setup = replace(monitor._engine.setup, data_ranks=tuple(range(ranks)))
+    monitor.step(loss=1.0, samples=8)  # the first one compares replicas
+    layout, send = plan_of(monitor).layout, monitor._collective.all_reduce
     mine = layout.spans(ranks - 1, turn=(ranks - 1) % layout.turns)
     first = mine[layout.slots[0].name].start
+    facts, detail = (range(mine[name].start - first, mine[name].stop - first) for name in (FACTS, DETAIL))
     said: list[torch.Tensor] = []
     turns = itertools.count()
 
     def reduced(packet: torch.Tensor) -> Reduction:
         if len(packet) == layout.size:
-            slots = packet[layout.size - layout.slot_size * len(layout.heard(0)) :]
+            shared = layout.size - layout.slot_size * len(layout.heard(0))
+            packet[:shared] *= ranks
+            slots = packet[shared:]
             if not said and slots.any():
                 said.extend(others(packet[first : first + layout.slot_size]) for _ in range(DRAWN))
             if said:
@@ -93,16 +104,38 @@ def answer(monitor: StreamMonitor, ranks: int) -> None:
 
     def others(own: torch.Tensor) -> torch.Tensor:
         rows = own.repeat(len(layout.heard(0)), 1)
-        rows[:, mine[DETAIL].start - first] *= 1 + 0.15 * torch.randn_like(rows[:, 0])
-        rows[:, mine[FACTS].start - first + BUSY] = 0.02 + 0.002 * torch.rand_like(rows[:, 0])
+        rows[:, detail.start] *= 1 + 0.15 * torch.randn_like(rows[:, 0])
+        rows[:, facts.start + BUSY] = 0.02 + 0.002 * torch.rand_like(rows[:, 0])
+        for stream in range(len(NAMES)):
+            start = detail.stop - (stream + 1) * INPUT_CELLS
+            rows[:, start : start + INPUT_CELLS] = inputs(len(rows)).to(rows)
         return rows.flatten()
 
     monitor._collective.all_reduce = reduced  # type: ignore[method-assign]
 
 
+def inputs(ranks: int) -> torch.Tensor:
+    """What so many ranks say of batches of a stream: 8 items of 1,024 standardised numbers. Shape: [ranks, 11]."""
+    drawn = torch.randn(ranks, 8 * 1024, dtype=torch.float64)
+    one, none = torch.ones(ranks, dtype=torch.float64), torch.zeros(ranks, dtype=torch.float64)
+    sums = (drawn.sum(1), drawn.square().sum(1), one * drawn.shape[1])
+    bits = torch.randint(2**32, (ranks,)).double()
+    return torch.stack((one, *sums, none, none, bits, drawn.abs().amax(1), *sums), 1)
+
+
 def step(monitor: StreamMonitor) -> Call:
     """One monitored step."""
     return lambda: monitor.step(loss=1.0, samples=8)
+
+
+def lap(monitor: StreamMonitor) -> Call:
+    """`LAP` monitored steps."""
+
+    def run() -> None:
+        for _ in range(LAP):
+            monitor.step(loss=1.0, samples=8)
+
+    return run
 
 
 def reading(monitor: StreamMonitor, device: torch.device) -> Call:
@@ -111,15 +144,14 @@ def reading(monitor: StreamMonitor, device: torch.device) -> Call:
     return lambda: read(lambda parameter: parameter.grad)
 
 
-def packet_parts(layout: Layout, device: torch.device) -> dict[str, Call]:
-    """What is done with a packet, each alone."""
-    fields = {field.name: torch.ones(field.shape, dtype=torch.float64, device=device) for field in layout.fields}
+def arrival_parts(plan: Plan) -> dict[str, Call]:
+    """What is done with a packet that has arrived, each alone; one in which every cell is filled."""
+    layout = plan.layout
     full = torch.ones(layout.size, dtype=torch.float64)
     sums = layout.unpack(full)
     return {
-        "pack": lambda: layout.pack(fields, 0, device),
         "unpack": lambda: layout.unpack(full),
-        "stats": lambda: step_stats(sums, NAMES, SCALARS, 1, layout.heard(0), layout.world_size),
+        "stats": lambda: step_stats(sums, NAMES, plan.scalars, 1, layout.heard(0), layout.world_size),
     }
 
 
@@ -150,23 +182,23 @@ def grown_ranks(sizes: Sequence[int], tensors: int, device: torch.device, repeat
     Turns: in how many packets every rank has sent its slots. Audits compare replicas, and hold all slots at once.
     """
     model = network(tensors, device)
-    layouts = {ranks: step_layout(NAMES, tuple(SCALARS), ranks) for ranks in sizes}
-    audits = {ranks: step_layout(NAMES, tuple(SCALARS), ranks, families=len(NAMES)) for ranks in sizes}
     calls: dict[str, Call] = {}
-    for ranks, layout in layouts.items():
-        calls[f"step {ranks}"] = step(monitored(model, ranks))
-        calls |= {f"{part} {ranks}": call for part, call in packet_parts(layout, device).items()}
+    monitors = {ranks: monitored(model, ranks) for ranks in sizes}
+    plans = {ranks: plan_of(monitor) for ranks, monitor in monitors.items()}
+    for ranks, monitor in monitors.items():
+        calls[f"lap {ranks}"] = lap(monitor)
+        calls |= {f"{part} {ranks}": call for part, call in arrival_parts(plans[ranks]).items()}
     taken = _host(Timer(device).round_robin(calls, repeats))
     rows = []
-    for ranks, layout in layouts.items():
-        ratio = Ratio.of(taken[f"step {ranks}"], taken[f"step {sizes[0]}"])
-        parts = [_median(taken[f"{part} {ranks}"]) for part in ("step", "pack", "unpack", "stats")]
-        collectives = dispatched(calls[f"step {ranks}"])["c10d"]
+    for ranks, plan in plans.items():
+        ratio = Ratio.of(taken[f"lap {ranks}"], taken[f"lap {sizes[0]}"])
+        parts = [_median(taken[f"lap {ranks}"]) / LAP, *(_median(taken[f"{part} {ranks}"]) for part in PARTS)]
+        collectives = dispatched(step(monitors[ranks]))["c10d"]
         figures = (*(f"{part:.3f}" for part in parts), f"{ratio.median:.2f}", f"{ratio.low:.2f} to {ratio.high:.2f}")
-        sent = (f"{8 * layout.size:,}", str(layout.turns), f"{8 * audits[ranks].size:,}")
+        sent = (f"{8 * plan.layout.size:,}", str(plan.layout.turns), f"{8 * plan.audit_layout.size:,}")
         rows.append([f"{ranks:,}", *sent, *figures, str(collectives)])
     sizes_of = ("packet bytes", "turns", "audit bytes")
-    header = ("ranks", *sizes_of, "step ms", "pack ms", "unpack ms", "stats ms", f"to {sizes[0]}", "95 %")
+    header = ("ranks", *sizes_of, "step ms", *(f"{part} ms" for part in PARTS), f"to {sizes[0]}", "95 %")
     return table((*header, "collectives"), rows)
 
 
@@ -194,8 +226,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\n{tensors} tensors, fake process group:\n")
     with machine.process_group("fake", max(given.ranks)):
         print(grown_ranks(given.ranks, tensors, given.device, given.repeats))
-    cells = step_layout(NAMES, tuple(SCALARS), GOAL_RANKS).size
-    print(f"\na packet of {GOAL_RANKS:,} ranks and {len(NAMES)} streams: {8 * cells:,} bytes (goal: {GOAL:,})")
 
 
 if __name__ == "__main__":
