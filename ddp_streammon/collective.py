@@ -23,7 +23,7 @@ class Reduction:
         self._event: torch.cuda.Event | None = None
         if packet.is_cuda:
             # From PyTorch's own ring of pinned memory, which is not given out again before the copy is done.
-            self._host = torch.empty(packet.shape, dtype=packet.dtype, pin_memory=True)
+            self._host = torch.empty(packet.shape, dtype=packet.dtype, pin_memory=True, device="cpu")
             self._host.copy_(packet, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()

@@ -133,7 +133,7 @@ class Layout:
                 packet[start : start + slot] = (
                     cell for field in slots for cell in values[field.name].reshape(-1).tolist()
                 )
-            return torch.tensor(packet, dtype=torch.float64)
+            return torch.tensor(packet, dtype=torch.float64, device="cpu")
         cells = self.zeros(device)
         for first, fields in ((0, self.plain), (start, slots)):
             runs = [
@@ -240,7 +240,7 @@ class Draft:
         first = layout.size + (layout.slot_size if layout.turns > 1 else 0)
         self.spans = layout.spans(rank, turn) | {ASIDE: slice(first, first + aside)}
         self._said = _ZERO * (first + aside)
-        self._cells = torch.empty(0)
+        self._cells = torch.empty(0, device="cpu")
 
     def say(self, name: str, values: Sequence[float], start: int = 0) -> None:
         """Numbers of the host for a field's cells, from its cell number `start` on."""

@@ -130,6 +130,6 @@ class Measurement:
 
 def _add_linear(sums: dict[str, Any], table: Tensor) -> None:
     """Add the figures of tensors that were squared after the sum to the fields of a packet."""
-    sums[MOMENTS] = (torch.tensor(sums[MOMENTS], dtype=torch.float64) + table[:, :ABS_MAX]).tolist()
+    sums[MOMENTS] = (torch.tensor(sums[MOMENTS], dtype=torch.float64, device="cpu") + table[:, :ABS_MAX]).tolist()
     largest = table[:, ABS_MAX].tolist()
     sums[MAXIMA] = [[max(*ranks, own)] for ranks, own in zip(sums[MAXIMA], largest, strict=True)]

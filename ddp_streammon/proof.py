@@ -101,7 +101,7 @@ def checksums(families: Sequence[Family], held: Sequence[Family], gradient: Sour
         weights = [local(parameter) for parameter in family.parameters]
         gradients = [gradient(parameter) for parameter in squared.parameters]
         rows.append(torch.stack([bit_sum(tensors, device) for tensors in (gradients, weights)]))
-    return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64)
+    return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64, device="cpu")
 
 
 def shown_cells(families: Sequence[Family], held: Sequence[Family], gradient: Source, device: torch.device) -> Tensor:
@@ -122,7 +122,7 @@ def shown_cells(families: Sequence[Family], held: Sequence[Family], gradient: So
             cells.append(_shows(part, gradient(parameter)) if to_read else 1.0)
         cells += [0.0] * (family.size - len(family.parameters))
     if not cells:
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
     on_device = torch.ones((), dtype=torch.float64, device=device)
     return torch.stack([on_device * (cell.to(device) if isinstance(cell, Tensor) else cell) for cell in cells])
 

@@ -126,6 +126,34 @@ def test_a_spelled_key_would_be_seen() -> None:
     assert {"grad_norm", "weight_norm_ratio", "overfitting_score"} <= set(key_literals((ROOT / "keys.py").read_text()))
 
 
+# Devices ----------------------------------------------------------------------------------------------------------
+
+MADE = {
+    *("arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint"),
+    *("randn", "randperm", "scalar_tensor", "tensor", "zeros"),
+}
+"""What PyTorch makes on the device that a script has set for all tensors, unless it is told another one."""
+
+
+def without_device(source: str) -> list[str]:
+    """Calls that make a tensor and do not say where."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    made = [call for call in calls if (name := ast.unparse(call.func)).startswith("torch.") and name[6:] in MADE]
+    return [ast.unparse(call) for call in made if all(option.arg != "device" for option in call.keywords)]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if place(path) != "train"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_a_tensor_is_made_on_a_device_that_is_said(path: Path) -> None:
+    assert without_device(path.read_text()) == []
+
+
+def test_a_tensor_made_anywhere_would_be_seen() -> None:
+    source = "x = torch.zeros(3), torch.zeros(3, device=d), x.new_zeros(3), [torch.tensor([1.0]) for _ in y]"
+    assert without_device(source) == ["torch.zeros(3)", "torch.tensor([1.0])"]
+
+
 # What the core needs ----------------------------------------------------------------------------------------------
 
 

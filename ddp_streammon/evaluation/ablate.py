@@ -294,7 +294,7 @@ class Features:
         self.by_input = by_input
         self.means: Means = means or {}
         self.variant: Variant | None = None
-        self.order = torch.empty(0, dtype=torch.long)
+        self.order = torch.empty(0, dtype=torch.long, device="cpu")
         self.replayed = True
         """Whether every encoder was spared running again."""
         self.copies_inputs = False

@@ -66,7 +66,7 @@ def of_probe(own: Evidence, known: Knowledge, past: Past, name: str) -> Evidence
     scores, then = stats.items, past.best.get(name)
     change = None
     if then is not None and len(then) == len(scores.base):
-        change = scores.change(torch.tensor(then, dtype=torch.float64), name, LEVEL)
+        change = scores.change(torch.tensor(then, dtype=torch.float64, device="cpu"), name, LEVEL)
     complement = None
     if len(stats.alone) > 1:
         share = max(least, COMPLEMENT_MARGIN * stats.everything.explained.value)  # the least where that is nan
@@ -97,7 +97,7 @@ def of_overfitting(table: Table, estimates: Mapping[str, Estimate], past: Past) 
     if len(then) != int(table.tried.sum()):
         return Evidence()
     best = losses.clone()
-    best[table.tried] = -torch.tensor(then, dtype=torch.float64)
+    best[table.tried] = -torch.tensor(then, dtype=torch.float64, device="cpu")
     least = abs(ratio(float((best * table.weight)[table.tried].sum()), float(table.weight[table.tried].sum())))
     if not least > 0:
         return Evidence()

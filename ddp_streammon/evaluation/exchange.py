@@ -29,7 +29,7 @@ def partners(eligible: Tensor, groups: Tensor | None = None) -> Tensor:
     eligible = eligible.cpu()
     if groups is None and bool(eligible.all()):
         return _pairs_of_all(len(eligible))
-    own = torch.arange(len(eligible))[eligible]
+    own = torch.arange(len(eligible), device="cpu")[eligible]
     if groups is not None:
         own = own[torch.argsort(groups.cpu()[own], stable=True)]
     return _in_pairs(len(eligible), own)
@@ -37,12 +37,12 @@ def partners(eligible: Tensor, groups: Tensor | None = None) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _pairs_of_all(items: int) -> Tensor:
-    return _in_pairs(items, torch.arange(items))
+    return _in_pairs(items, torch.arange(items, device="cpu"))
 
 
 def _in_pairs(items: int, own: Tensor) -> Tensor:
     """The first half of `own` changes places with the second."""
-    order = torch.arange(items)
+    order = torch.arange(items, device="cpu")
     half = len(own) // 2
     if not half:
         return order
@@ -109,7 +109,7 @@ def exchanged_mean(
     """
     totals = torch.where(weights > 0, values * weights, 0.0)
     if groups is None:
-        rows = torch.arange(len(values))
+        rows = torch.arange(len(values), device="cpu")
         pair = torch.stack([rows, partner, partner[partner]]).amin(0)
         return ratio(ratio_sums(totals, weights, pair), level, unit_range=unit_range)
     _, own = torch.unique(groups, return_inverse=True)
@@ -118,12 +118,14 @@ def exchanged_mean(
     low, high = torch.minimum(own, other), torch.maximum(own, other)
     count = int(own.max()) + 1 if len(own) else 0
     dyads, dyad = torch.unique(low * count + high, return_inverse=True)
-    y = torch.zeros(len(dyads), dtype=torch.float64).index_add_(0, dyad, totals)
-    w = torch.zeros(len(dyads), dtype=torch.float64).index_add_(0, dyad, weights)
+    y = torch.zeros(len(dyads), dtype=torch.float64, device="cpu").index_add_(0, dyad, totals)
+    w = torch.zeros(len(dyads), dtype=torch.float64, device="cpu").index_add_(0, dyad, weights)
     first, second = torch.div(dyads, max(count, 1), rounding_mode="floor"), dyads % max(count, 1)
     mixed = first != second
     touching_y, touching_w = (
-        torch.zeros(count, dtype=torch.float64).index_add_(0, first, of).index_add_(0, second[mixed], of[mixed])
+        torch.zeros(count, dtype=torch.float64, device="cpu")
+        .index_add_(0, first, of)
+        .index_add_(0, second[mixed], of[mixed])
         for of in (y, w)
     )
     at_both = ratio_sums(y[mixed], w[mixed])

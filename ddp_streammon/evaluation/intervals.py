@@ -196,7 +196,7 @@ class RatioSums:
 
     def cells(self) -> Tensor:
         """For a packet. Shape: [14] float64."""
-        return torch.tensor(astuple(self), dtype=torch.float64)
+        return torch.tensor(astuple(self), dtype=torch.float64, device="cpu")
 
     def worth(self) -> float:
         """How many independent items the groups are worth: the items over their design effect, the groups' squares over
@@ -234,8 +234,8 @@ def ratio_sums(numerators: Tensor, denominators: Tensor, groups: Tensor | None =
     if groups is not None:
         _, place = torch.unique(groups.detach().cpu()[counted], return_inverse=True)
         count = int(place.max()) + 1 if items else 0
-        y = torch.zeros(count, dtype=torch.float64).index_add_(0, place, y)
-        w = torch.zeros(count, dtype=torch.float64).index_add_(0, place, w)
+        y = torch.zeros(count, dtype=torch.float64, device="cpu").index_add_(0, place, y)
+        w = torch.zeros(count, dtype=torch.float64, device="cpu").index_add_(0, place, w)
     products = (y, w, y * y, y * w, w * w, y**3, y * y * w, y * w * w, w**3, *squares)
     sums = torch.stack([product.sum() for product in products]).tolist()
     return RatioSums(items, len(y), *sums)

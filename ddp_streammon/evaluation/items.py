@@ -178,7 +178,7 @@ def _units(loader: DataLoader[Any], items: Items) -> Sequence[Any]:
 
 
 def _in_drawn_order(units: Sequence[Any]) -> list[Any]:
-    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(_SEED)).tolist()
+    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(_SEED), device="cpu").tolist()
     return [units[place] for place in order]
 
 

@@ -77,7 +77,7 @@ class Store:
             if isinstance(found.group, Tensor):
                 self.groups.append(found.group[rows].cpu())
             elif found.group is not None:
-                self.groups.append(torch.full((len(rows),), place))
+                self.groups.append(torch.full((len(rows),), place, device="cpu"))
             self.order.append(place * _PLACE + rows.cpu())
 
     def _add(self, call: tuple[str, int], added: list[Tensor]) -> None:
@@ -89,7 +89,8 @@ class Store:
     def labelled(self, widths: Mapping[str, int], outputs: int, classes: bool) -> Labelled:
         """This rank's items, for a probe of these widths."""
         if not self.targets:
-            return Labelled({}, torch.zeros(0, dtype=torch.long) if classes else torch.zeros(0, outputs))
+            shape, dtype = ((0,), torch.long) if classes else ((0, outputs), torch.float32)
+            return Labelled({}, torch.zeros(shape, dtype=dtype, device="cpu"))
         targets = torch.cat(self.targets)
         shape = (len(targets),) if classes else (len(targets), outputs)
         predictions = torch.cat(self.predictions).reshape(shape) if self.predictions else None
@@ -132,10 +133,10 @@ def means_of(store: Store, collective: Collective) -> Means:
             calls[call] = given if calls.setdefault(call, given) == given else []
     total = sum(count for rank, (place, count, _) in enumerate(everyone) if first[place] == rank)
     speaks = first[place] == collective.topology.rank and store.count
-    cells = [torch.zeros(0, dtype=torch.float64)]
+    cells = [torch.zeros(0, dtype=torch.float64, device="cpu")]
     for call, wanted in calls.items():
         own = store.sums.get(call, ()) if speaks else ()
-        parts = own or [torch.zeros(shape, dtype=torch.float64) for shape in wanted]
+        parts = own or [torch.zeros(shape, dtype=torch.float64, device="cpu") for shape in wanted]
         cells += [p.reshape(-1).double().cpu() for p, shape in zip(parts, wanted, strict=False) if shape != _NONE]
     packet = torch.cat(cells)
     summed = collective.all_reduce(packet.to(collective.device_for(packet.device))).wait() / max(total, 1)

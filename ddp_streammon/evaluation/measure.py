@@ -239,7 +239,7 @@ class _Pass:
                         columns["met", name] = exchange.met
             self._seconds += self._now() - began
         if columns and whole is not None and place is not None:
-            columns[TRIED] = torch.full((whole.items,), float(wanted), dtype=torch.float64)
+            columns[TRIED] = torch.full((whole.items,), float(wanted), dtype=torch.float64, device="cpu")
             rows.batches.append((place, whole.items, columns))
 
     def _whole(self, batch: Any, features: Features) -> tuple[Any, Scored | None]:
@@ -321,7 +321,7 @@ def _exchange(whole: Scored, masked: frozenset[str], device: torch.device) -> _E
     for stream in masked:
         eligible = eligible & whole.present[stream].bool()
     order = partners(eligible, whole.group if isinstance(whole.group, Tensor) else None)
-    return _Exchange(order.to(device), (order - torch.arange(len(order))).double())
+    return _Exchange(order.to(device), (order - torch.arange(len(order), device="cpu")).double())
 
 
 def _check_same(read: Sequence[Mapping[str, tuple[int, str]]], splits: Mapping[str, Items]) -> None:

@@ -183,7 +183,7 @@ class Probe:
             features, kept = items.features[name].detach().double(), len(self.columns[name])
             if kept < width:
                 chance = torch.Generator().manual_seed(self.seed)
-                signs = torch.randint(0, 2, (width, kept), generator=chance) * 2.0 - 1
+                signs = torch.randint(0, 2, (width, kept), generator=chance, device="cpu") * 2.0 - 1
                 features = features @ signs.to(features)
             parts.append(features)
         return torch.cat(parts, 1)
@@ -198,7 +198,7 @@ class Probe:
             yy = y.sum()
         else:
             xy, y, yy = x.T @ targets.double(), targets.double().sum(0), targets.double().square().sum()
-        n = torch.tensor(float(len(x)))
+        n = torch.tensor(float(len(x)), device="cpu")
         return self.layout.pack({"xx": x.T @ x, "xy": xy, "x": x.sum(0), "y": y, "yy": yy, "n": n}, 0, x.device)
 
 
@@ -377,7 +377,7 @@ def _gathered(
 ) -> tuple[dict[Any, Tensor], Tensor | None]:
     """All ranks' items, in their order: scores and groups."""
     own = torch.stack([values.double().cpu() for values in scores.values()])
-    order = torch.zeros(own.shape[1]) if held_out.order is None else held_out.order
+    order = torch.zeros(own.shape[1], device="cpu") if held_out.order is None else held_out.order
     integers = torch.stack([order.cpu().long(), (order if held_out.groups is None else held_out.groups).cpu().long()])
     found = collective.gather((collective.topology.data_rank, own, integers, held_out.groups is not None))
     by_place = {place: (rows, marks) for place, rows, marks, _ in reversed(found)}

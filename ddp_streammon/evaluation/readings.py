@@ -111,7 +111,7 @@ def moves_with_its_input(table: Table, streams: Sequence[str]) -> bool:
     if len(streams) < 2 or not table.has(everything, LOSS):
         return False
     partner = table.partner[everything]
-    rows = table.tried & (partner != torch.arange(len(partner)))
+    rows = table.tried & (partner != torch.arange(len(partner), device="cpu"))
     found, expected = table.figures[everything, LOSS][rows], table.figures[keys.FULL, LOSS][partner][rows]
     same = (found - expected).abs() <= _SAME * (1 + expected.abs())
     return bool(same.all()) and bool((expected != expected[:1]).any())
@@ -123,7 +123,7 @@ def is_of_the_batch(table: Table) -> bool:
     if losses is None or not table.partner or bool((losses == losses[0]).all()):
         return False
     partner = next(iter(table.partner.values()))
-    met = partner != torch.arange(len(partner))
+    met = partner != torch.arange(len(partner), device="cpu")
     if table.groups is not None:
         met &= table.groups != table.groups[partner]
     return bool(met.any()) and bool((losses == losses[partner])[met].all())

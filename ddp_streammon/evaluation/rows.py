@@ -75,7 +75,7 @@ class Told:
 def columns_of(whole: Scored, place: int) -> dict[Column, Tensor]:
     columns: dict[Column, Tensor] = {WEIGHT: whole.weight}
     columns |= {("present", name): mask.double() for name, mask in whole.present.items()}
-    group = torch.full((whole.items,), place) if whole.group == BATCH else whole.group
+    group = torch.full((whole.items,), place, device="cpu") if whole.group == BATCH else whole.group
     if isinstance(group, Tensor):
         high = torch.div(group.long(), _WORD, rounding_mode="floor")
         columns |= {_GROUP[0]: high.double(), _GROUP[1]: (group.long() - high * _WORD).double()}
@@ -111,14 +111,15 @@ def sum_up(
         sizes = sorted(size for told in speakers for size in told.sizes.get(split, ()))
         ends = list(itertools.accumulate(items for _, items in sizes))
         starts[split] = {place: end - items for (place, items), end in zip(sizes, ends, strict=True)}
-        block = torch.zeros(ends[-1] if ends else 0, len(names[split]), dtype=torch.float64)
+        block = torch.zeros(ends[-1] if ends else 0, len(names[split]), dtype=torch.float64, device="cpu")
         for place, items, columns in mine[split].batches if speaks else ():
-            start, unknown = starts[split][place], torch.full((items,), torch.nan, dtype=torch.float64)
+            start, unknown = starts[split][place], torch.full((items,), torch.nan, dtype=torch.float64, device="cpu")
             block[start : start + items] = torch.stack([columns.get(name, unknown) for name in names[split]], dim=1)
         parts.append(block)
     numbers = tuple(dict.fromkeys(name for told in everyone for name in told.scalars))
     part = 1.0 / sum(told.place == everyone[rank].place for told in everyone)
-    parts.append(part * torch.tensor([own.get(name, (0.0, 0.0)) for name in numbers], dtype=torch.float64).view(-1, 2))
+    pairs = [own.get(name, (0.0, 0.0)) for name in numbers]
+    parts.append(part * torch.tensor(pairs, dtype=torch.float64, device="cpu").view(-1, 2))
     packet = torch.cat([block.reshape(-1) for block in parts])
     total = collective.all_reduce(packet.to(collective.device_for(packet.device))).wait()
     whole = [
@@ -135,7 +136,7 @@ def sum_up(
 
 def _table(names: Sequence[Column], block: Tensor) -> Table:
     of: dict[Column, Tensor] = dict(zip(names, block.T.contiguous().unbind(), strict=True))
-    rows = torch.arange(len(block))
+    rows = torch.arange(len(block), device="cpu")
     groups = of[_GROUP[0]].long() * _WORD + of[_GROUP[1]].long() if _GROUP[0] in of else None
     met = {name[1]: values for name, values in of.items() if name[0] == "met"}
     return Table(

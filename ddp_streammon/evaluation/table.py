@@ -39,7 +39,7 @@ class Table:
     @property
     def exchanged(self) -> bool:
         """Whether any item got another's input."""
-        rows = torch.arange(len(self))
+        rows = torch.arange(len(self), device="cpu")
         return any(bool((partner != rows).any()) for partner in self.partner.values())
 
     def has(self, variant: str, figure: str) -> bool:
@@ -91,7 +91,7 @@ class Table:
                 rows &= self.present[stream]
         exchanges = [self.partner[variant] for variant in variants if variant in self.partner]
         for partner in exchanges:
-            rows &= (partner == exchanges[0]) & (partner != torch.arange(len(self)))
+            rows &= (partner == exchanges[0]) & (partner != torch.arange(len(self), device="cpu"))
         if not exchanges:
             groups = None if self.groups is None else self.groups[rows]
             return ratio(mean_sums(values[rows], self.weight[rows], groups), level, unit_range=unit_range)
@@ -108,7 +108,7 @@ class Table:
         """
         if self.groups is not None:
             return self.groups
-        rows = torch.arange(len(self))
+        rows = torch.arange(len(self), device="cpu")
         partner = self.partner.get(variant, rows)
         return torch.stack([rows, partner, partner[partner]]).amin(0)
 

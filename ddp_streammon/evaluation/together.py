@@ -166,7 +166,7 @@ class Lockstep(Apart):
         return not different
 
     def _sums(self, *flags: bool) -> list[float]:
-        packet = torch.tensor(flags, dtype=torch.float64)
+        packet = torch.tensor(flags, dtype=torch.float64, device="cpu")
         try:
             return self._collective.all_reduce(packet.to(self._collective.device_for(packet.device))).wait().tolist()
         except Exception as error:

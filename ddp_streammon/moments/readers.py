@@ -44,7 +44,7 @@ class SampleReader:
         if place is None:
             sample.add_sample(self._rows[number], tensor, compare=compare)
         else:
-            said = torch.tensor(place, dtype=torch.float64, pin_memory=True)
+            said = torch.tensor(place, dtype=torch.float64, pin_memory=True, device="cpu")
             self._read(self._rows[number : number + 1], said.to(self._rows.device, non_blocking=True))
 
     def place(self, tensor: Tensor, *, compare: bool) -> list[float] | None:

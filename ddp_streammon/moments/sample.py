@@ -58,7 +58,7 @@ def _add_finite(row: Tensor, sample: Tensor, several: bool) -> bool:
     low, high = torch.aminmax(wide)
     constant = float(several and torch.equal(sample, sample[:1].expand_as(sample)))
     figures = [wide.sum().item(), squares, float(len(wide)), 0.0, constant, _bits(sample).item()]
-    row[:ABS_MAX] += torch.tensor(figures, dtype=torch.float64)
+    row[:ABS_MAX] += torch.tensor(figures, dtype=torch.float64, device="cpu")
     row[ABS_MAX] = max(row[ABS_MAX].item(), -low.item(), high.item())
     return True
 

@@ -57,7 +57,7 @@ def moments(
                 _add(rows[stream], flat, share.weight)
                 rows[stream][ELEMENTS] += elements * share.weight
                 rows[stream][TENSORS] += tensors * share.weight
-        return torch.tensor(rows, dtype=torch.float64)
+        return torch.tensor(rows, dtype=torch.float64, device="cpu")
     return _on_device(shares, num_streams, source, device)
 
 
@@ -69,7 +69,7 @@ def _on_device(
 ) -> Tensor:
     """`moments` without waiting for the device: every number but the counts stays there."""
     table = torch.zeros(num_streams, COLUMNS, dtype=torch.float64, device=device)
-    counts = torch.zeros(num_streams, COLUMNS, dtype=torch.float64)
+    counts = torch.zeros(num_streams, COLUMNS, dtype=torch.float64, device="cpu")
     for share in shares:
         for stream, flat, elements, tensors in _blocks(share.pieces, source):
             counts[stream, ELEMENTS] += elements * share.weight

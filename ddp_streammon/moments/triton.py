@@ -135,8 +135,8 @@ class TritonMoments:
             rows[number] = (address, piece.stop - piece.start, KINDS[tensor.dtype])
             counts[piece.stream][0] += (piece.stop - piece.start) * weight
             counts[piece.stream][1] += piece.counts * weight
-        numbers = torch.tensor(counts, dtype=torch.float64).view(torch.int64).view(-1)
-        host = torch.cat([numbers, torch.tensor(rows, dtype=torch.int64).view(-1)])
+        numbers = torch.tensor(counts, dtype=torch.float64, device="cpu").view(torch.int64).view(-1)
+        host = torch.cat([numbers, torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1)])
         # From pinned memory, which PyTorch reuses only after it was sent.
         self._table.copy_(host.pin_memory() if self._device.type == "cuda" else host, non_blocking=True)
         return tuple(Share(tuple(pieces), weight) for weight, pieces in others.items())
@@ -171,11 +171,11 @@ def chunk_size(sizes: Sequence[int]) -> int:
 
 def _chunks(pieces: Sequence[Piece], num_streams: int, size: int) -> tuple[Tensor, Tensor]:
     """Where chunks begin, for pieces in the order of their streams: see `TritonMoments._chunks` and `_firsts`."""
-    counts = torch.tensor([-(-(piece.stop - piece.start) // size) for piece in pieces], dtype=torch.int64)
+    counts = torch.tensor([-(-(piece.stop - piece.start) // size) for piece in pieces], dtype=torch.int64, device="cpu")
     piece = torch.repeat_interleave(counts)
-    start = (torch.arange(len(piece)) - (counts.cumsum(0) - counts)[piece]) * size
-    stream = torch.tensor([piece.stream for piece in pieces], dtype=torch.int64)[piece]
-    return torch.stack([piece, start], dim=1), torch.searchsorted(stream, torch.arange(num_streams + 1))
+    start = (torch.arange(len(piece), device="cpu") - (counts.cumsum(0) - counts)[piece]) * size
+    stream = torch.tensor([piece.stream for piece in pieces], dtype=torch.int64, device="cpu")[piece]
+    return torch.stack([piece, start], dim=1), torch.searchsorted(stream, torch.arange(num_streams + 1, device="cpu"))
 
 
 def dense(tensor: Tensor) -> bool:
