@@ -109,7 +109,8 @@ class Rule(ABC):
     clear: float = 1.0
     """A finding that stands is cleared where its strength falls below."""
     warm_up: int = 0
-    """Measured steps before its first evaluation."""
+    """Measured steps before its first evaluation, also after a restart, when windows begin anew: what stands goes on
+    standing until the rule can look again."""
     every: int = 1
     """Measured steps between two evaluations."""
 
@@ -216,9 +217,9 @@ class Engine:
         for name, stream, rank in self._runs:
             followed[name].append((stream, rank))
         unmet = {name for name in self._required if REQUIREMENTS[name](view)}
-        count = self._memory.count
+        count, taken = self._memory.count, self._window.taken
         for rule in self.rules:
-            if count % rule.every or count <= rule.warm_up or not unmet.isdisjoint(rule.requires):
+            if count % rule.every or taken <= rule.warm_up or not unmet.isdisjoint(rule.requires):
                 continue
             if rule.id in self._failed:
                 continue

@@ -59,6 +59,8 @@ class Memory:
     """Of each stream, the steps with a learning rate of zero."""
     batches: dict[float, int] = field(default_factory=dict)
     """Number of a batch of the first rank heard -> the count at which it came last."""
+    batches_since: int = 0
+    """The count from which on they are remembered."""
     audit: list[Replicas] = field(default_factory=list)
     """What the last audit said."""
     unseen: list[str] = field(default_factory=list)
@@ -105,8 +107,8 @@ class Memory:
         self._follow_batches(stats)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values; the batches' order is looked for anew."""
-        return {**asdict(self), "batches": {}, "lag": 0, "lag_held": 0}
+        """Plain values; batches are remembered anew, and their order stands until one of the last lap is missed."""
+        return {**asdict(self), "batches": {}, "batches_since": self.count}
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> Memory:
@@ -124,10 +126,12 @@ class Memory:
         if math.isnan(batch):
             return
         lag = self.count - self.batches[batch] if batch in self.batches else 0
-        self.lag_held = self.lag_held + 1 if lag and lag == self.lag else int(lag > 0)
-        self.lag = lag
+        if lag or self.count - self.batches_since > self.lag:
+            self.lag_held = self.lag_held + 1 if lag and lag == self.lag else int(lag > 0)
+            self.lag = lag
         if len(self.batches) >= BATCHES:
             self.batches.clear()
+            self.batches_since = self.count
         self.batches[batch] = self.count
 
 
@@ -148,7 +152,8 @@ class Window:
 
     def __init__(self) -> None:
         self.steps: deque[StepStats] = deque(maxlen=WINDOW)
-        self._taken = 0
+        self.taken = 0
+        """How many it has taken in since it began."""
         self._heard: deque[tuple[Sequence[int], int]] = deque(maxlen=WINDOW)
         """The ranks that were heard in each, and in how many steps they were by then."""
         self._times: dict[Sequence[int], int] = {}
@@ -161,7 +166,7 @@ class Window:
         if self.steps and self.steps[-1].step >= stats.step:
             self.clear()
         self.steps.append(stats)
-        self._taken += 1
+        self.taken += 1
         ranks = stats.rank_facts.numbers
         times = self._times.pop(ranks, 0) + 1
         _keep(self._times, ranks, times)
@@ -170,6 +175,7 @@ class Window:
     def clear(self) -> None:
         """Forget everything."""
         self.steps.clear()
+        self.taken = 0
         self._heard.clear()
         self._times.clear()
         self._columns.clear()
@@ -181,20 +187,20 @@ class Window:
         column = self._columns.get(key)
         if column is None:
             column = self._columns[key] = _Column()
-        new = _last(self.steps, self._taken - column.taken)
+        new = _last(self.steps, self.taken - column.taken)
         column.values.extend([figure(step, *of) for step in new])
-        column.taken = self._taken
+        column.taken = self.taken
         return _last(column.values, count)
 
     def by_turn(self, figure: Callable[..., T], *of: Hashable) -> Mapping[Sequence[int], deque[T]]:
         """The same by the ranks that were heard in a step: of each set of them the last `TURNS` steps."""
         kept = self._turns.setdefault((figure, *of), _Turns())
-        for step in _last(self.steps, self._taken - kept.taken):
+        for step in _last(self.steps, self.taken - kept.taken):
             ranks = step.rank_facts.numbers
             values = kept.values.pop(ranks, None) or deque(maxlen=TURNS)
             values.append(figure(step, *of))
             _keep(kept.values, ranks, values)
-        kept.taken = self._taken
+        kept.taken = self.taken
         return kept.values
 
     def due(self, every: int) -> list[Sequence[int]]:
