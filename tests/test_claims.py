@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from ddp_streammon.evaluation.claims import (
@@ -20,7 +21,7 @@ from ddp_streammon.evaluation.claims import (
     look_of,
     margin,
 )
-from ddp_streammon.evaluation.intervals import Estimate
+from ddp_streammon.evaluation.intervals import Estimate, difference, mean_sums, ratio, scaled
 from ddp_streammon.evaluation.student_t import t_quantile
 
 EVALUATIONS = 30
@@ -217,6 +218,9 @@ def test_figures_that_may_not_be_claimed_from_say_why() -> None:
     }
     assert claim.detectable == {}
     assert said(replace(own, uses=figure(0.0, groups=20))) == {Statement.unused}
+    few_held_out = difference(estimate(0.5, 0.001, 512), estimate(0.1, 0.001, 19))
+    (claim,) = claims(1, {"rgb": Evidence(uses=UNCLEAR, memory=Figure(few_held_out, 0.02))})
+    assert claim.unusable == {"memory": "19 independent groups are fewer than 20"}
 
 
 # How often something wrong is said ---------------------------------------------------------------------------------
@@ -297,6 +301,25 @@ def test_so_it_is_where_few_items_carry_a_figure(carried: float, items: int) -> 
         blind += any(made((mean, error, 0 * skew), items))
     assert wrong / count <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / count)
     assert blind / count > 0.15
+
+
+@pytest.mark.parametrize("carried", [0.02, 0.1])
+def test_so_it_is_where_training_items_share_a_streams_worth_and_few_held_out_ones_carry_it(carried: float) -> None:
+    """Held-out draws without these few are low and look sure: half of what is learned seems more than that."""
+    rng, margin, count, found = np.random.default_rng(0), 0.3 * carried, 800, []
+    for _ in range(count):
+        trained = 2 * (carried + margin) * rng.standard_exponential(512)
+        held_out = np.where(rng.random(512) < carried, rng.standard_exponential(512), 0.0)
+        own, other = (ratio(mean_sums(torch.from_numpy(draws))) for draws in (trained, held_out))
+        memory = difference(scaled(own, 0.5), other)
+        views = (memory, replace(memory, skew=0.0))
+        found.append(
+            [said(Evidence(uses=HIGH, memory=Figure(view, margin)), 2) == {Statement.memorised} for view in views]
+        )
+    wrong, blind = np.mean(found, axis=0)
+    level = level_of(2) / 2  # two statements are tested
+    assert wrong <= 2 * level + 3 * math.sqrt(2 * level / count)
+    assert blind > 4 * level
 
 
 def test_power_against_the_seeds_rule() -> None:

@@ -26,6 +26,7 @@ from ddp_streammon.evaluation.intervals import (
     detectable,
     difference,
     mean_sums,
+    negated,
     paired_bootstrap,
     paired_proportions,
     ratio,
@@ -339,6 +340,25 @@ def test_one_sided_bounds_allow_for_skewness() -> None:
         assert estimate.p_below(estimate.upper(alpha)) == pytest.approx(alpha, rel=1e-9)
         assert estimate.p_above(estimate.lower(alpha)) == pytest.approx(alpha, rel=1e-9)
     assert estimate.upper(0.025) - estimate.value > 1.5 * (estimate.high - estimate.value)
+
+
+def test_a_difference_is_as_skew_as_its_errors_together() -> None:
+    rng = np.random.default_rng(7)
+    first, second = rng.exponential(3.0, 40), rng.exponential(1.0, 25) ** 2
+    estimate = difference(ratio(mean_sums(torch.from_numpy(first))), ratio(mean_sums(torch.from_numpy(second))))
+    errors = stats.sem(first), stats.sem(second)
+    thirds = [stats.skew(x) / math.sqrt(len(x)) * e**3 for x, e in zip((first, second), errors, strict=True)]
+    assert estimate.skew == pytest.approx((thirds[0] - thirds[1]) / math.hypot(*errors) ** 3, rel=1e-9)
+    assert estimate.skew < 0 < stats.skew(first)
+    nothing = ratio(mean_sums(torch.ones(1)))
+    assert difference(nothing, wilson(3, 9)).skew == difference(nothing, nothing).skew == 0
+
+
+def test_no_one_sided_bound_leaves_the_range_of_a_share_or_of_a_difference_of_shares() -> None:
+    assert (wilson(1, 10).lower(1e-5), wilson(9, 10).upper(1e-5)) == (0, 1)
+    for estimate in (difference(wilson(9, 10), wilson(1, 10)), paired_proportions(1, 8, 0, 1)):
+        assert estimate.upper(1e-9) == 1 and estimate.lower(1e-9) >= -1
+        assert negated(estimate).lower(1e-9) == -1
 
 
 def test_one_sided_bounds_err_as_often_as_they_say_where_few_items_carry_the_mean() -> None:

@@ -64,8 +64,9 @@ class Figure:
         estimate = self.estimate
         if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
             return "it is undetermined"
-        if estimate.groups < MIN_GROUPS:
-            return f"{estimate.groups} independent groups are fewer than {MIN_GROUPS}"
+        fewest = round(min(estimate.groups, estimate.dof + 1))  # of a difference: those of its smaller set
+        if fewest < MIN_GROUPS:
+            return f"{fewest} independent groups are fewer than {MIN_GROUPS}"
         if abs(estimate.skew) > MAX_SKEW:
             return f"too few of its {estimate.groups} groups carry it (skewness {estimate.skew:.2f} > {MAX_SKEW})"
         return ""

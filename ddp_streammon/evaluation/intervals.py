@@ -121,18 +121,24 @@ def wilson(count: float, items: int, level: float = 0.95) -> Estimate:
     share = count / items
     centre = (count + z2 / 2) / (items + z2)
     half = math.sqrt(z2 * (share * (1 - share) / items + z2 / (4 * items**2))) / (1 + z2 / items)
-    return Estimate(share, max(centre - half, 0.0), min(centre + half, 1.0), items, items, level=level)
+    low, high = max(centre - half, 0.0), min(centre + half, 1.0)
+    return Estimate(share, low, high, items, items, level=level, least=0.0, most=1.0)
 
 
 def difference(first: Estimate, second: Estimate) -> Estimate:
     """first - second of two independent sets of items (train and validation, say).
 
     Of two Wilson intervals it is Newcombe's (Stat. Med. 17, 1998, 873, method 10); of any others the sides are squared
-    and added in the same way (Zou and Donner, Stat. Med. 27, 2008, 1693). Errors: ValueError for different levels.
+    and added in the same way (Zou and Donner, Stat. Med. 27, 2008, 1693). Third moments of independent errors add up to
+    the skewness. Errors: ValueError for different levels.
     """
     if first.level != second.level:
         raise ValueError(f"both estimates must have one level, got {first.level} and {second.level}")
-    return _square_and_add(first, second, 0.0, first.items + second.items, first.groups + second.groups)
+    found = _square_and_add(first, second, 0.0, first.items + second.items, first.groups + second.groups)
+    own, other = (estimate._error((estimate.high - estimate.low) / 2) for estimate in (first, second))
+    both = math.hypot(own, other)
+    skew = first.skew * (own / both) ** 3 - second.skew * (other / both) ** 3 if 0 < both < math.inf else 0.0
+    return replace(found, skew=skew)
 
 
 def paired_proportions(both: int, only_first: int, only_second: int, neither: int, level: float = 0.95) -> Estimate:
@@ -160,7 +166,8 @@ def _square_and_add(first: Estimate, second: Estimate, correlation: float, items
     value = first.value - second.value
     low = value - side(first.value - first.low, second.high - second.value)
     high = value + side(first.high - first.value, second.value - second.low)
-    return Estimate(value, low, high, items, groups, min(first.dof, second.dof), first.level)
+    dof, least, most = min(first.dof, second.dof), first.least - second.most, first.most - second.least
+    return Estimate(value, low, high, items, groups, dof, first.level, least=least, most=most)
 
 
 # Means and ratios of items in groups ------------------------------------------------------------------------------
