@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -32,6 +32,7 @@ from ddp_streammon.evaluation.intervals import (
     ratio,
     ratio_sums,
     samples_for,
+    scaled,
     wilson,
 )
 from ddp_streammon.evaluation.student_t import t_quantile, t_tail
@@ -134,8 +135,9 @@ def test_what_is_no_proportion_is_refused() -> None:
         paired_proportions(1, -1, 0, 0)
     with pytest.raises(ValueError, match=r"one level, got 0.95 and 0.9"):
         difference(wilson(1, 3), wilson(1, 3, 0.9))
-    with pytest.raises(ValueError, match=r"level must lie between 0 and 1 \(0.95, say\), got 95"):
-        wilson(1, 3, 95)
+    for level in (95, 0, 1):
+        with pytest.raises(ValueError, match=rf"level must lie between 0 and 1 \(0.95, say\), got {level}"):
+            wilson(1, 3, level)
     assert math.isnan(wilson(0, 0).value)
 
 
@@ -173,6 +175,23 @@ def test_a_mean_without_groups_is_students() -> None:
     assert estimate.p_below(3) == pytest.approx(1 - test.pvalue, rel=1e-9)
     assert estimate.lower(test.pvalue) == pytest.approx(3)
     assert estimate.upper(0.05) == pytest.approx(estimate.high)
+
+
+def test_two_groups_have_one_degree_of_freedom() -> None:
+    estimate = ratio(mean_sums(torch.tensor([1.0, 3.0, 4.0]), groups=torch.tensor([0, 1, 0])), level=0.8)
+    residuals = np.array([5 - 2 * 8 / 3, 3 - 8 / 3])
+    half = stats.t.ppf(0.9, 1) * math.sqrt(2 * np.square(residuals).sum()) / 3
+    assert (estimate.low, estimate.high) == pytest.approx((8 / 3 - half, 8 / 3 + half))
+
+
+def test_a_figure_the_other_way_round_or_in_another_unit_is_that_of_the_values_changed_so() -> None:
+    values = torch.tensor([0.1, 0.9, 0.4, 0.0, 0.2, 0.3], dtype=torch.float64)
+    estimate = replace(ratio(mean_sums(values)), least=0.0, most=1.0)
+    for changed, factor in ((negated(estimate), -1.0), (scaled(estimate, 2.5), 2.5)):
+        least, most = sorted((0.0, factor))
+        assert astuple(changed) == pytest.approx(
+            astuple(replace(ratio(mean_sums(factor * values)), least=least, most=most))
+        )
 
 
 def test_a_ratio_is_close_to_its_jackknife() -> None:
@@ -287,6 +306,7 @@ def test_no_disagreement_at_all_is_not_certainty() -> None:
     estimate = ratio(same, unit_range=True)
     expected = stats.t.ppf(0.975, 99) * math.sqrt(2 * 102 / 101) / 102  # two of 102 values are +-1
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx((0, -expected, expected))
+    assert (estimate.items, estimate.groups, estimate.dof) == (100, 100, 99)
     sure = ratio(mean_sums(torch.ones(5)), unit_range=True)
     assert (sure.value, sure.high) == (1, 1)
     assert sure.low > -1
@@ -350,7 +370,11 @@ def test_a_difference_is_as_skew_as_its_errors_together() -> None:
     thirds = [stats.skew(x) / math.sqrt(len(x)) * e**3 for x, e in zip((first, second), errors, strict=True)]
     assert estimate.skew == pytest.approx((thirds[0] - thirds[1]) / math.hypot(*errors) ** 3, rel=1e-9)
     assert estimate.skew < 0 < stats.skew(first)
+    assert (estimate.items, estimate.groups, estimate.dof) == (65, 65, 24)
+    clips = ratio(mean_sums(torch.from_numpy(first), groups=torch.arange(40) // 4))
+    assert (difference(clips, clips).items, difference(clips, clips).groups) == (80, 20)
     nothing = ratio(mean_sums(torch.ones(1)))
+    assert bounds(nothing) == (-math.inf, math.inf) and all(map(math.isnan, bounds(wilson(0, 0))))
     assert difference(nothing, wilson(3, 9)).skew == difference(nothing, nothing).skew == 0
 
 

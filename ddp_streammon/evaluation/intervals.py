@@ -92,8 +92,6 @@ def scaled(estimate: Estimate, factor: float) -> Estimate:
 def bounds(estimate: Estimate) -> tuple[float, float]:
     """The interval at the estimate's level that allows for the skewness of its error, as one-sided bounds do."""
     alpha = (1 - estimate.level) / 2
-    if not math.isfinite(estimate.low) or not math.isfinite(estimate.high):
-        return estimate.low, estimate.high
     return estimate.lower(alpha), estimate.upper(alpha)
 
 
