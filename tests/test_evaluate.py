@@ -30,6 +30,7 @@ from ddp_streammon.evaluation import (
     ProbeStats,
     Statement,
     affordable,
+    exchanges,
     paired_bootstrap,
     probe_streams,
 )
@@ -214,9 +215,9 @@ def test_with_training_items_everything_is_measured() -> None:
 
 
 def test_three_streams_share_out_the_whole_and_cover_for_each_other_in_pairs() -> None:
-    net, val = fitted("rgb", "depth", "audio"), data(60, 1, "rgb", "depth", "audio")
-    found = watched(net).evaluate(loader(val), train=loader(data(160, 2, "rgb", "depth", "audio")))
-    direct = Direct(net, val)
+    net, val, train = fitted("rgb", "depth", "audio"), data(60, 1, *WIDTHS), data(160, 2, *WIDTHS)
+    found = watched(net).evaluate(loader(val), train=loader(train))
+    direct = Direct(net, val, [x.mean(0).detach() for x in net.features(*train.tensors[:3])])
     (loss, right), nothing = direct.exchanged(), direct.exchanged(*net.names)
     shares = [found[f"{name}_val_shapley"] for name in net.names]
     assert math.fsum(shares) == pytest.approx(float((nothing[0] - loss).mean()), **EXACT)
@@ -230,7 +231,19 @@ def test_three_streams_share_out_the_whole_and_cover_for_each_other_in_pairs() -
     brings = (nothing[0] - first) / 3 + (direct.exchanged("rgb")[0] - loss) / 3
     brings += ((direct.exchanged("rgb", "depth")[0] - third[0]) + (direct.exchanged("rgb", "audio")[0] - third[1])) / 6
     check(found, "rgb_val_shapley", direct.mean(brings))
+    alone, right_alone = direct.at_mean("depth", "audio")
+    assert found["rgb_val_alone_loss"] == pytest.approx(float(alone.mean()), **EXACT)
+    assert found["rgb_val_alone_acc"] == pytest.approx(float(right_alone.mean()), **EXACT)
     assert abs(found["audio_val_uses"]) < 0.2 < found["rgb_val_uses"]
+
+
+def test_what_is_exchanged_together_is_as_much_as_few_streams_allow() -> None:
+    counts = {2: [2, 1], 3: [3, 3, 1], 4: [4, 6], 5: [5]}
+    for number, by_size in counts.items():
+        names = [f"stream{place}" for place in range(number)]
+        sizes = [len(variant) for variant in exchanges(names, full=True).values()]
+        assert [sizes.count(size) for size in range(1, max(sizes) + 1)] == by_size
+        assert len(exchanges(names, full=False)) == number
 
 
 def test_a_split_of_ones_own_and_a_regression() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddp_streammon.collective import Collective
 from ddp_streammon.evaluation import probe as probes
-from ddp_streammon.evaluation.intervals import Estimate
+from ddp_streammon.evaluation.intervals import Estimate, mean_sums, ratio
 from ddp_streammon.evaluation.probe import PENALTIES, Labelled, Probe, ProbeStats, fit, probe_streams
 from tests.ranks import run_ranks
 
@@ -147,6 +147,31 @@ def test_r2_is_against_the_training_mean() -> None:
     assert 0 < found.everything.score.low < found.everything.score.value < found.everything.score.high < 1
     assert found.complement["rgb"].low > 0.3
     assert abs(found.complement["depth"].value) < 0.05
+
+
+def test_accuracy_of_items_in_groups_is_their_share_with_a_clustered_interval() -> None:
+    train, held_out = streams(600, 0), streams(300, 1)
+    clips = torch.arange(300) // 5
+    score = run(train, held_out._replace(groups=clips)).alone["rgb"].score
+    probe = Probe(WIDTHS, CLASSES)
+    right = fit(probe, probe.sums(train), ("rgb",)).predict(probe.project(held_out)).argmax(1) == held_out.targets
+    expected = ratio(mean_sums(right.double(), groups=clips), unit_range=True, least=0.0)
+    assert flat(score) == pytest.approx(flat(expected)) and score.groups == 60
+
+
+def test_several_labels_an_item_may_be_booleans() -> None:
+    items, held_out = streams(400, 0), streams(200, 1)
+    train, val = (torch.stack([of.targets > 1, of.targets % 2 == 1], 1) for of in (items, held_out))
+    both = [
+        run(
+            items._replace(targets=train.to(dtype)),
+            held_out._replace(targets=val.to(dtype), prediction=(~val).to(dtype)),
+            outputs=2,
+            classes=False,
+        )
+        for dtype in (torch.bool, torch.float64)
+    ]
+    assert flat(both[0]) == flat(both[1]) and both[0].complement["rgb"].low > 0.3
 
 
 def shards(collective: Collective, bounds: Sequence[int], classes: bool) -> tuple[ProbeStats, int]:
@@ -293,6 +318,9 @@ def test_a_feature_that_is_constant_but_for_rounding_gets_no_weight() -> None:
     weights = fit(probe, probe.sums(Labelled(features, items.targets)), ("dead", "rgb")).coefficients
     assert weights[0].tolist() == [0.0] * CLASSES
     assert weights[1:].abs().max() > 0.01
+    features["rgb"] += 1000  # far from zero is not constant
+    moved = fit(probe, probe.sums(Labelled(features, items.targets)), ("dead", "rgb")).coefficients
+    assert torch.allclose(moved, weights, rtol=0, atol=1e-6)
 
 
 def test_redundant_streams_complement_nothing_though_each_knows() -> None:

@@ -98,10 +98,9 @@ def uses(table: Table, streams: Sequence[str], split: str) -> dict[str, Estimate
             named = {c: _name(Replacement.exchange, [n for n in streams if n not in c]) for c in coalitions(streams)}
             named[frozenset(streams)] = keys.FULL
             worth = {coalition: sign * values[variant, figure] for coalition, variant in named.items()}
-            tried = [variant for variant in named.values() if variant != keys.FULL]
             for name, part in shapley(worth).items():
                 key = keys.of_stream(name, _called(figure, f"{split}_{keys.SHAPLEY}"))
-                found[key] = table.contrast(part, tried, streams, unit_range=share(figure))
+                found[key] = table.contrast(part, list(named.values()), streams, unit_range=share(figure))
     return found
 
 
