@@ -35,7 +35,7 @@ from ddp_streammon.evaluation import (
     probe_streams,
 )
 from ddp_streammon.evaluation.exchange import exchanged_mean, partners
-from ddp_streammon.evaluation.intervals import bounds, negated
+from ddp_streammon.evaluation.intervals import bounds, mean_sums, negated, ratio
 from ddp_streammon.rules import evaluated
 
 EXACT = {"rel": 1e-9, "abs": 1e-12}
@@ -87,7 +87,7 @@ def fitted(*names: str) -> Net:
     return net
 
 
-def watched(net: Net, **options: Any) -> StreamMonitor:
+def watched(net: Any, **options: Any) -> StreamMonitor:
     return StreamMonitor(net, streams={name: name for name in net.names}, **options)
 
 
@@ -755,6 +755,87 @@ def test_the_past_keeps_the_best_by_item() -> None:
     assert Past(**asdict(good_past)) == good_past
     assert good_past.knew == {name: stats.alone[name].score.value for name in ("rgb", "depth")}
     assert good is net
+
+
+class Known(nn.Module):
+    """What goes in is what comes out of an encoder."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Linear(1, 1, bias=False, dtype=torch.float64))
+            nn.init.ones_(getattr(self, name).weight)
+        self.names = names
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        return [getattr(self, name)(x).squeeze(1) for name, x in zip(self.names, inputs, strict=True)]
+
+
+def planted(worth: float, more: float = 0.0, seed: int = 0) -> DataLoader[Any]:
+    """400 items whose loss is 1 and `more`, and by `worth` higher with another item's input; each by 5 % of it."""
+    spread = 1 + 0.05 * torch.randn(2, 400, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rgb = torch.arange(400.0, dtype=torch.float64)
+    return DataLoader(TensorDataset(rgb[:, None], rgb, worth * spread[0], 1 + more * spread[1]), SIZE)
+
+
+def of_planted(net: nn.Module, batch: Any) -> Mapping[str, Any]:
+    rgb, own, worth, loss = batch
+    (found,) = net(rgb)
+    return {"loss": loss + worth * (found != own)}
+
+
+def statements(found: Evaluation, stream: str) -> set[Statement]:
+    return {claim.statement for claim in found.claims if claim.stream == stream}
+
+
+@pytest.mark.parametrize(("worth", "memorised"), [(0.47, True), (0.5, False), (0.53, False)])
+def test_a_stream_is_memorised_where_it_is_worth_less_than_half_on_held_out_items(
+    worth: float, memorised: bool
+) -> None:
+    found = watched(Known("rgb")).evaluate(planted(worth), of_planted, train=planted(1.0, seed=1))
+    assert found["rgb_train_uses"] == pytest.approx(1, abs=0.01)
+    assert found["rgb_val_uses"] == pytest.approx(worth, abs=0.01)
+    assert (Statement.memorised in statements(found, "rgb")) == memorised
+
+
+def test_a_model_overfits_where_its_loss_rises_by_a_quarter_of_its_best_which_is_paid_for_as_the_best_of_many() -> None:
+    monitor, train = watched(Known("rgb")), planted(1.0)
+    for _ in range(3):
+        assert not statements(monitor.evaluate(planted(1.0, 0.1), of_planted, train=train), keys.FULL)
+    best, now = (planted(1.0, more).dataset.tensors[3] for more in (0.1, 0.386))  # type: ignore[attr-defined]
+    past = monitor._past["val"]
+    found = monitor.evaluate(planted(1.0, 0.386), of_planted, train=train)
+    (claim,) = (claim for claim in found.claims if claim.stream == keys.FULL)
+    rise = ratio(mean_sums(now - best))
+    assert claim.statement is Statement.overfitting and rise.value > 0.25 * float(best.mean())
+    assert claim.p == pytest.approx(3 * rise.p_above(0.25 * float(best.mean())), rel=1e-6)
+    assert claim.bounds["rise"] == pytest.approx(rise.lower(claim.level / 3))
+    monitor._past["val"] = past
+    assert not statements(monitor.evaluate(planted(1.0, 0.36), of_planted, train=train), keys.FULL)
+
+
+@pytest.mark.parametrize(
+    ("copied", "own", "said"),
+    [(3.0, 0.0, {Statement.redundant}), (0.0, 0.25, set()), (0.0, 0.45, {Statement.complementary})],
+)
+def test_a_stream_adds_to_the_others_where_it_is_a_tenth_of_what_all_explain(
+    copied: float, own: float, said: set[Statement]
+) -> None:
+    """depth holds rgb and something of its own, which is 0, 6 and 17 % of what both explain: the 6 are above 2 pp."""
+
+    def items(count: int, seed: int) -> DataLoader[Any]:
+        chance = torch.Generator().manual_seed(seed)
+        rgb, other, noise = torch.randn(3, count, 1, generator=chance, dtype=torch.float64)
+        return DataLoader(TensorDataset(rgb, copied * rgb + other, rgb + own * other + 0.5 * noise), 32)
+
+    def score(net: nn.Module, batch: Any) -> Mapping[str, Any]:
+        rgb, depth = net(*batch[:2])
+        return {"loss": (rgb + depth - batch[2].squeeze(1)).square(), "target": batch[2]}
+
+    found = watched(Known("rgb", "depth")).evaluate(items(2400, 0), score, train=items(1200, 1))
+    assert found["full_knows_score"] == pytest.approx((1 + own**2) / (1.25 + own**2), abs=0.03)
+    assert (found["depth_complement_low"] > 0.02) == (own > 0)
+    assert statements(found, "depth") == said
 
 
 # Findings ---------------------------------------------------------------------------------------------------------

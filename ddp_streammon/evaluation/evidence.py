@@ -103,7 +103,7 @@ def of_overfitting(table: Table, estimates: Mapping[str, Estimate], past: Past) 
         return Evidence()
     rise = Figure(table.contrast(losses - best, [], []), OVERFITTING_MARGIN * least)
     gap = Figure(estimates[keys.of_stream(keys.FULL, keys.LOSS_GAP)], margin(least, share=False))
-    return Evidence(rise=rise, gap=gap, choices=max(past.count, 1))
+    return Evidence(rise=rise, gap=gap, choices=past.count)
 
 
 def remembered(past: Past, known: Knowledge | None, table: Table, stated: Sequence[Claim] | None) -> Past:
