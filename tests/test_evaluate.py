@@ -35,7 +35,7 @@ from ddp_streammon.evaluation import (
     probe_streams,
 )
 from ddp_streammon.evaluation.exchange import exchanged_mean, partners
-from ddp_streammon.evaluation.intervals import bounds, mean_sums, negated, ratio
+from ddp_streammon.evaluation.intervals import bounds, difference, mean_sums, negated, ratio
 from ddp_streammon.rules import evaluated
 
 EXACT = {"rel": 1e-9, "abs": 1e-12}
@@ -548,6 +548,22 @@ def test_groups_of_64_bits_make_the_clusters() -> None:
     assert found.estimates["full_val_loss"].groups == 8  # no two ids fall together
 
 
+def test_accuracy_of_items_of_unequal_weight_is_no_share_of_a_number_of_items() -> None:
+    net, val, train = fitted("rgb", "depth"), data(48, 1, "rgb", "depth"), data(160, 2, "rgb", "depth")
+    tokens = torch.arange(160).double() % 4 + 1
+
+    def score(net: nn.Module, batch: Any) -> Mapping[str, Any]:
+        *given, weight = batch
+        return scored(net, given, weight=weight)
+
+    sets = [TensorDataset(*items.tensors, tokens[: len(items)]) for items in (val, train)]
+    found = watched(net).evaluate(loader(sets[0]), score, train=loader(sets[1]))
+    right = [(net(*items.tensors[:2]).argmax(1) == items.tensors[2]).double() for items in (val, train)]
+    expected = [ratio(mean_sums(of, tokens[: len(of)]), unit_range=True, least=0.0) for of in right]
+    check(found, "full_val_acc", expected[0])
+    check(found, "full_acc_gap", difference(expected[1], expected[0]))
+
+
 def test_a_batch_may_be_one_group() -> None:
     net, val = fitted("rgb", "depth"), data(48, 1, "rgb", "depth")
     found = watched(net).evaluate(loader(val), lambda net, batch: scored(net, batch, group="batch"))
@@ -812,6 +828,22 @@ def test_a_model_overfits_where_its_loss_rises_by_a_quarter_of_its_best_which_is
     assert claim.bounds["rise"] == pytest.approx(rise.lower(claim.level / 3))
     monitor._past["val"] = past
     assert not statements(monitor.evaluate(planted(1.0, 0.36), of_planted, train=train), keys.FULL)
+
+
+def test_the_best_loss_is_the_least_by_weight_and_items_without_weight_have_none() -> None:
+    def score(net: nn.Module, batch: Any) -> Mapping[str, Any]:
+        return {**of_planted(net, batch[:4]), "weight": batch[4]}
+
+    weight = torch.tensor([1.0, 9.0, 0.0, 1.0]).double().repeat(4)
+    losses = [
+        torch.tensor(each).double().repeat(4) for each in ([1, 1, math.nan, 1], [1.8, 0.8, 5, 1.8], [0.5, 1.1, 0, 0.5])
+    ]
+    rgb, order = torch.arange(16.0).double(), torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    monitor = watched(Known("rgb"))
+    for loss, best in zip(losses, (0, 1, 1), strict=True):
+        items = TensorDataset(rgb[:, None], rgb, torch.ones(16).double(), loss, weight)
+        past = monitor.evaluate(loader(items), score).past
+        assert past.best[keys.FULL] == torch.where(weight > 0, -losses[best], 0.0)[order].tolist()
 
 
 @pytest.mark.parametrize(

@@ -107,14 +107,16 @@ def of_overfitting(table: Table, estimates: Mapping[str, Estimate], past: Past) 
 
 
 def remembered(past: Past, known: Knowledge | None, table: Table, stated: Sequence[Claim] | None) -> Past:
-    """The past with this evaluation in it; by item what is better when it is larger."""
-    now = {keys.FULL: -table.figures[keys.FULL, readings.LOSS][table.tried]}
+    """The past with this evaluation in it; by item what is better when it is larger, 0 for what has no weight."""
+    weight, losses = table.weight[table.tried], table.figures[keys.FULL, readings.LOSS][table.tried]
+    now = {keys.FULL: torch.where(weight > 0, -losses, 0.0)}
     if known is not None and known.stats is not None:
         now |= known.stats.items.alone
     best, accuracy, knew = dict(past.best), past.accuracy, dict(past.knew)
     for name, scores in now.items():
-        then = best.get(name, [])
-        if not bool(scores.isnan().any()) and (len(then) != len(scores) or float(scores.sum()) > math.fsum(then)):
+        then, counts = best.get(name, []), weight if name == keys.FULL else torch.ones_like(scores)
+        better = len(then) != len(scores) or float(counts @ (scores - torch.tensor(then, dtype=torch.float64))) > 0
+        if better and not bool(scores.isnan().any()):
             best[name] = scores.tolist()
             if known is not None and known.stats is not None and name in known.stats.alone:
                 knew[name] = known.stats.alone[name].score.value

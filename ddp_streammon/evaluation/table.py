@@ -15,6 +15,7 @@ from ddp_streammon.evaluation.intervals import Estimate, difference, mean_sums, 
 from ddp_streammon.stats import ratio as quotient
 
 LEVEL = 0.95
+"""Of every interval."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,20 @@ class Table:
         values = self.figures[keys.FULL, figure]
         return bool(((values == 0) | (values == 1)).all())
 
-    def mean(self, variant: str, figure: str, *, level: float = LEVEL) -> Estimate:
+    def mean(self, variant: str, figure: str) -> Estimate:
         """`value` with its interval: Wilson's for a proportion of independent items of one weight."""
         rows = self._rows(variant)
         values, weights = self.figures[variant, figure][rows], self.weight[rows]
         share = self.is_share(figure)
         groups = None if self.groups is None else self.groups[rows]
         if share and groups is None and bool((weights == 1).all()):
-            return wilson(float(values.sum()), len(values), level)
-        return ratio(mean_sums(values, weights, groups), level, unit_range=share, least=0.0)
+            return wilson(float(values.sum()), len(values), LEVEL)
+        return ratio(mean_sums(values, weights, groups), LEVEL, unit_range=share, least=0.0)
 
-    def rise(self, variant: str, figure: str, streams: Sequence[str], *, level: float = LEVEL) -> Estimate:
+    def rise(self, variant: str, figure: str, streams: Sequence[str]) -> Estimate:
         """How much higher the figure is under the variant, by item; see `contrast`."""
         change = self.figures[variant, figure] - self.figures[keys.FULL, figure]
-        return self.contrast(change, [variant], streams, level=level, unit_range=self.is_share(figure))
+        return self.contrast(change, [variant], streams, unit_range=self.is_share(figure))
 
     def contrast(
         self,
@@ -78,7 +79,6 @@ class Table:
         variants: Sequence[str],
         streams: Sequence[str],
         *,
-        level: float = LEVEL,
         unit_range: bool = False,
     ) -> Estimate:
         """The mean of a value of each item that was computed from these variants, where these streams have data.
@@ -94,12 +94,12 @@ class Table:
             rows &= (partner == exchanges[0]) & (partner != torch.arange(len(self), device="cpu"))
         if not exchanges:
             groups = None if self.groups is None else self.groups[rows]
-            return ratio(mean_sums(values[rows], self.weight[rows], groups), level, unit_range=unit_range)
+            return ratio(mean_sums(values[rows], self.weight[rows], groups), LEVEL, unit_range=unit_range)
         while not bool(rows[exchanges[0]][rows].all()):
             rows &= rows[exchanges[0]]
         met = (torch.cumsum(rows, 0) - 1)[exchanges[0][rows]]  # as rows of those that count
         groups = None if self.groups is None else self.groups[rows]
-        return exchanged_mean(values[rows], self.weight[rows], met, groups, level, unit_range=unit_range)
+        return exchanged_mean(values[rows], self.weight[rows], met, groups, LEVEL, unit_range=unit_range)
 
     def clusters(self, variant: str) -> Tensor:
         """A number for each item, equal for those whose figures under the variant depend on each other. Shape: [N].
@@ -116,6 +116,6 @@ class Table:
         return torch.ones_like(self.tried) if variant == keys.FULL else self.tried
 
 
-def gap(first: Table, second: Table, variant: str, figure: str, *, level: float = LEVEL) -> Estimate:
+def gap(first: Table, second: Table, variant: str, figure: str) -> Estimate:
     """first - second of two independent sets of items."""
-    return difference(first.mean(variant, figure, level=level), second.mean(variant, figure, level=level))
+    return difference(first.mean(variant, figure), second.mean(variant, figure))
