@@ -565,6 +565,9 @@ class Focal(nn.Module):
         nn.CrossEntropyLoss(ignore_index=2),
         Focal(),
         lambda logits, target: functional.multi_margin_loss(logits, target),
+        lambda logits, target, reduction="mean": functional.mse_loss(  # one value an item and class
+            logits, functional.one_hot(target, logits.shape[1]).to(logits), reduction=reduction
+        ),
     ],
 )
 def test_the_loss_is_that_of_the_criterion_over_all_items(criterion: Any) -> None:

@@ -266,6 +266,28 @@ def test_a_stream_that_reads_anothers_features_is_exchanged_by_its_input_alone()
     assert both.figures["both", "loss"].tolist() == pytest.approx(directly(net, ("rgb", "depth")), **EXACT)
 
 
+class ReadsNumber(Two):
+    """depth's encoder is called with a number that is read off rgb's features."""
+
+    def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
+        x = self.rgb(rgb)
+        logits: Tensor = self.head(torch.cat([x, self.depth(depth, scale=x[0, 0].item())], 1))
+        return logits
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor, *, scale: float) -> Tensor:
+        return super().forward(x) * scale
+
+
+def test_an_encoder_that_is_called_with_another_number_is_not_replayed() -> None:
+    net = ReadsNumber("plain")
+    net.depth = Scaled(4, 5).double()
+    found = tried(net, Plan(variants(Replacement.exchange)))
+    assert found.readers == {"depth"} and not found.replayed
+    assert found.tables["val"].figures["rgb", "loss"].tolist() == pytest.approx(directly(net, ("rgb",)), **EXACT)
+
+
 def test_features_without_a_dimension_of_items_are_refused_with_the_way_out() -> None:
     with pytest.raises(ValueError) as caught:
         tried(Two("no items"), Plan(variants(Replacement.exchange)))
