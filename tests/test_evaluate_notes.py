@@ -168,7 +168,7 @@ class Captioner(nn.Module):
         return logits
 
 
-def captions(target: str) -> Evaluation:
+def captions(target: str, *, full: bool = False) -> Evaluation:
     """Of a captioning model whose score reads the words that are to come from the part `target` of the batch."""
 
     def score(model: nn.Module, batch: Any) -> Mapping[str, Any]:
@@ -182,7 +182,8 @@ def captions(target: str) -> Evaluation:
     ids[::3, 3:] = 0
     rows = [{"pixels": p, "ids": i, "labels": i.clone()} for p, i in zip(normal(96, 6), ids, strict=True)]
     monitor = StreamMonitor(Captioner(), streams={"image": "vision", "words": ["words", "out"]})
-    return monitor.evaluate(DataLoader(rows, 16), score, swap={"image": "pixels", "words": "ids"})  # type: ignore[arg-type]
+    loader = DataLoader(rows, 16)  # type: ignore[arg-type]
+    return monitor.evaluate(loader, score, train=loader if full else None, swap={"image": "pixels", "words": "ids"})
 
 
 def captions_of_both() -> list[tuple[str, ...]]:
@@ -195,6 +196,8 @@ def test_a_target_that_is_exchanged_along_is_said() -> None:
         "targets; let the score read them from a part of the batch that is not exchanged ('labels' of their own)"
     )
     assert captions_of_both() == [(expected,), ()]
+    with_pairs = captions("ids", full=True).notes
+    assert expected in with_pairs and not any(note.startswith("image: ") for note in with_pairs)
     assert run_ranks(2, captions_of_both) == [[(expected,), ()]] * 2
 
 

@@ -221,7 +221,7 @@ def test_exchanged_features_are_those_of_exchanged_inputs(kind: str, by: str) ->
     assert table.partner["rgb"].tolist() == table.partner["both"].tolist() == [2, 3, 0, 1, 6, 7, 4, 5, 9, 10, 8]
     assert found.readers == frozenset()
     assert found.replayed is (kind != "batch")
-    assert found.seconds > 0
+    assert found.seconds > 0 == tried(net, Plan({})).seconds
 
 
 def runs(net: Two, plan: Plan) -> dict[str, int]:
@@ -351,8 +351,16 @@ def test_features_at_their_mean_are_those_of_the_mean_given() -> None:
 
 
 def test_the_first_items_alone_are_tried_whole_batches_at_a_time() -> None:
+    batches: list[int] = []
+    score = classification()
     for limit, count in ((1, 4), (4, 4), (5, 8), (8, 8), (9, 11), (11, 11), (None, 11)):
-        table = tried(Two("plain"), Plan(variants(Replacement.exchange), limit=limit)).tables["val"]
+        table = tried(
+            Two("plain"),
+            Plan(variants(Replacement.exchange), limit=limit),
+            lambda net, batch: batches.append(len(batch[-1])) or score(net, batch),
+        ).tables["val"]
+        assert sum(batches) == 11 + 3 * count
+        batches.clear()
         assert table.tried.tolist() == [True] * count + [False] * (11 - count)
         assert table.figures["rgb", "loss"].isnan().tolist() == [False] * count + [True] * (11 - count)
         assert not table.figures["full", "loss"].isnan().any()
