@@ -112,16 +112,25 @@ def test_every_layout_finds_what_one_process_finds(layout: str) -> None:
             assert found[name].get("items") == of_set.get("items")
 
 
-def _on_two_ranks() -> dict[str, dict[str, float]]:
+def with_training_items(model: nn.Module) -> dict[str, float]:
+    """Of 5 batches, and 13 of training items: on two ranks one has a batch less."""
+    monitor = StreamMonitor(model, streams=STREAMS)
+    return dict(monitor.evaluate(DataLoader(data(9), 2), train=DataLoader(data(64), 5)))
+
+
+def _on_two_ranks() -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     model = network(torch.float32)
     for module in (model.rgb, model.depth):
         fully_shard(module)
-    return figures(fully_shard(model))
+    return figures(fully_shard(model)), with_training_items(model)
 
 
 @needs_fsdp2
 def test_two_ranks_find_what_one_process_finds() -> None:
-    for found in run_ranks(2, _on_two_ranks):
+    trained = with_training_items(network(torch.float32))
+    assert math.isfinite(trained["rgb_knows"]) and math.isfinite(trained["rgb_val_ablated"])
+    for found, of_training in run_ranks(2, _on_two_ranks):
+        assert of_training == pytest.approx(trained, **CLOSE, nan_ok=True)
         for name, of_set in single().items():
             assert found[name] == pytest.approx(of_set, **CLOSE, nan_ok=True), name
 
