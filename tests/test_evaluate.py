@@ -323,6 +323,7 @@ def test_streams_that_cannot_be_exchanged_in_their_features_say_so_and_can_in_th
     assert not found.replayed
     assert {key for key in found if key.endswith("_uses")} == {"rgb_val_uses"}
     assert str(found).splitlines()[-2:] == [f"note: {note}" for note in found.notes]
+    assert not re.search(r"^(depth|audio): .*intervals", str(found), re.MULTILINE)
     swapped = monitor.evaluate(val, swap={"depth": 1, "audio": 2})
     assert swapped.notes == ()
     assert {key for key in swapped if key.endswith("_uses")} == {f"{name}_val_uses" for name in names}
@@ -691,6 +692,7 @@ def test_from_the_second_evaluation_on_the_items_are_as_many_as_time_allows() ->
     with pytest.raises(ValueError, match=r"seconds must be above 0 \(or None for no limit\), got 0"):
         monitor.evaluate(val, slow, seconds=0)
     assert monitor.evaluate(val, limit=10).tried == 16  # whole batches
+    assert monitor.evaluate(val, limit=1).tried == 8
     assert monitor.evaluate(val, limit=None).tried == 128
 
 

@@ -17,7 +17,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from ddp_streammon import Items, StreamSet, classification
 from ddp_streammon.collective import Collective
@@ -370,6 +370,22 @@ def test_the_first_items_alone_are_tried_whole_batches_at_a_time() -> None:
         assert rise.value == pytest.approx(
             table.value("rgb", "loss") - float(table.figures["full", "loss"][:count].mean())
         )
+
+
+class Foreign(list[Any]):
+    """Batches of no DataLoader, which says how many items they have."""
+
+    batch_size = 4
+
+
+def test_a_batch_is_among_the_first_by_where_it_begins_as_far_as_the_loader_says() -> None:
+    by_size = DataLoader(data(), 4), DataLoader(data(), batch_sampler=BatchSampler(range(11), 4, False)), Foreign()
+    for loader in by_size:
+        items = Items(loader)
+        assert items.batch_size == 4
+        assert [items.among(8, place, count) for place, count in ((0, 4), (1, 4), (2, 3))] == [True, True, False]
+    whole = Items([])
+    assert whole.batch_size is None and whole.among(8, 1, 7) and not whole.among(8, 1, 8) and whole.among(None, 9, 9)
 
 
 # The error of the mean --------------------------------------------------------------------------------------------
