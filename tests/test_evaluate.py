@@ -476,6 +476,51 @@ def test_features_without_a_shape_of_their_own_have_no_mean_to_be_ablated_by() -
     assert found["depth_knows_score"] > 0.3
 
 
+class Places(Net):
+    """rgb gives a map, depth a sequence; the head reads their means over places and tokens."""
+
+    def features(self, *inputs: Tensor) -> list[Tensor]:
+        maps, tokens = super().features(*inputs)
+        return [maps.mean((2, 3)), tokens.mean(1)]
+
+
+class Spread(nn.Linear):
+    """Each feature at 2 x 3 places, or at 5 tokens, of unequal values."""
+
+    def __init__(self, width: int, *shape: int) -> None:
+        super().__init__(width, 4)
+        self.shape = shape
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = super().forward(x)
+        factors = torch.arange(1.0, 1 + math.prod(self.shape)).view(self.shape)
+        each = features.reshape(len(x), 4, *(1 for _ in self.shape)) * factors
+        return each if len(self.shape) == 2 else each.transpose(1, 2)
+
+
+def test_of_maps_and_tokens_the_means_are_probed_and_each_place_is_ablated() -> None:
+    net, val, train = Places("rgb", "depth"), data(45, 1, "rgb", "depth"), data(160, 2, "rgb", "depth")
+    net.rgb, net.depth = Spread(3, 2, 3), Spread(4, 5)
+    found = watched(net).evaluate(loader(val), train=loader(train))
+    stats = probed(net, train, val)
+    for name in net.names:
+        assert found[f"{name}_knows_score"] == pytest.approx(stats.alone[name].score.value, rel=1e-6)
+    direct = Direct(net, val, [x.mean(0).detach() for x in net.features(*train.tensors[:2])])
+    change = direct.at_mean("rgb")[0] - direct.exchanged()[0]
+    assert found["rgb_val_ablated"] == pytest.approx(float(change.mean()), **EXACT)
+
+
+def test_a_feature_of_one_element_is_ablated_by_its_mean() -> None:
+    rgb, wanted = (torch.linspace(low, 1, 45, dtype=torch.float64) for low in (-2, 0))
+    rows = loader(TensorDataset(rgb[:, None], wanted))
+    found = watched(Known("rgb")).evaluate(
+        rows, lambda net, batch: {"loss": (net(batch[0])[0] - batch[1]).square()}, train=rows
+    )
+    rise = (rgb.mean() - wanted).square() - (rgb - wanted).square()
+    assert found["rgb_val_ablated"] == pytest.approx(float(rise.mean()), **EXACT)
+
+
 def test_figures_of_a_stream_are_of_the_items_that_have_it() -> None:
     net, val = fitted("rgb", "depth"), data(48, 1, "rgb", "depth")
     has = {"depth": torch.arange(48) % 4 != 0}

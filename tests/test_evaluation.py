@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -247,6 +248,23 @@ def seen_by_ranks() -> dict[str, Counter[int]]:
             list(DataLoader(every, 1, sampler=range(dist.get_rank(), 10, 2))), sharded=True, max_batches=3
         ),
     }
+
+
+class Drawn:
+    """A sampler that draws with python's own generator."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(random.sample(range(10), 5))
+
+
+def test_a_sampler_that_draws_gives_the_same_items_whatever_was_drawn_before() -> None:
+    found = []
+    for seed in range(3):
+        random.seed(seed)
+        state = random.getstate()
+        found.append(seen_items(DataLoader(numbered(), 2, sampler=Drawn())))  # type: ignore[arg-type]
+        assert random.getstate() == state
+    assert found[0] == found[1] == found[2] and found[0].total() == 5
 
 
 def test_samplers_and_limits_choose_items_and_ranks_share_them() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from scipy import stats
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_streammon import MonitorConfig, StreamMonitor, keys
@@ -67,6 +68,17 @@ def test_where_the_gradient_drowns_few_claim_a_bounded_interval_that_misses(scal
     assert sum(not result.low <= scale <= result.high for result in found) <= 0.1 * RUNS
     if scale == 2000.0:
         assert sum(result.determined for result in found) <= 0.1 * RUNS
+
+
+@pytest.mark.parametrize("steps", [MIN_STEPS, 200])
+def test_a_bound_is_where_students_t_would_no_longer_tell_the_ratio_from_the_truth(steps: int) -> None:
+    drawn = simulated(20.0, steps=steps)
+    traces, sq_gradients = torch.tensor([estimates(step) for step in drawn]).double().T.numpy()
+    found, quantile = noise_scale(drawn), stats.t.ppf(0.975, steps - 1)
+    for bound, side in ((found.low, 1), (found.high, -1)):
+        test = stats.ttest_1samp(traces - bound * sq_gradients, 0.0)
+        assert test.statistic == pytest.approx(side * quantile, rel=0.005)
+    assert found.value == pytest.approx(traces.mean() / sq_gradients.mean())
 
 
 def test_both_estimators_are_unbiased() -> None:
