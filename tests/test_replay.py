@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,14 +17,17 @@ from ddp_streammon import Intent, MonitorConfig, RuleSet, StreamMonitor
 from ddp_streammon.replay import Event, main, replay
 from ddp_streammon.sinks import JsonlSink
 from ddp_streammon.sinks.jsonl import read_jsonl
+from ddp_streammon.version import __version__
 from tests.networks import STREAMS, batch, network
 from tests.ranks import run_ranks
 
 FAULTS = ("none", "frozen", "absent", "alone", "same data", "zero rate", "no zero_grad", "empty", "eval")
 
 
-def train(fault: str, folder: str | None = None, steps: int = 8) -> tuple[list[tuple[str, str | None]], str]:
-    """Train with a fault; (rule, stream) of the preflight's findings, and its text."""
+def train(
+    fault: str, folder: str | None = None, steps: int = 8, until: int = 1000
+) -> tuple[list[tuple[str, str | None]], str]:
+    """Train with a fault, which may end (an empty input); (rule, stream) of the preflight's findings, and its text."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     net = network(norm=True)
     if fault == "frozen":
@@ -47,7 +51,7 @@ def train(fault: str, folder: str | None = None, steps: int = 8) -> tuple[list[t
         model.train(fault != "eval")
         rgb, depth, target = batch(8)
         rgb, depth = torch.randn_like(rgb), torch.randn_like(depth)
-        if fault == "empty" and step >= 2:
+        if fault == "empty" and 2 <= step < until:
             rgb = torch.zeros_like(rgb)
         if fault != "no zero_grad":
             optimizer.zero_grad()
@@ -57,7 +61,7 @@ def train(fault: str, folder: str | None = None, steps: int = 8) -> tuple[list[t
         optimizer.step()
     said = monitor.preflight()
     monitor.close()
-    assert said.ok == (fault == "none")
+    assert said.ok == (fault == "none" or steps > until)
     return [(finding.rule, finding.stream) for finding in said.findings if not finding.explained_by], str(said)
 
 
@@ -125,6 +129,27 @@ def test_a_replay_takes_other_thresholds_and_mutes(recorded: Path, capsys: pytes
     assert capsys.readouterr().out == ""
 
 
+def test_the_guides_sentences_are_replayed_at_the_epochs_at_which_they_are_news() -> None:
+    records: list[dict[str, Any]] = [{"type": "run", "streams": list(STREAMS)}]
+    for epoch, score in enumerate([0.2, 1.5, 1.5, 0.2, 1.5], start=1):
+        norms = dict.fromkeys(("rgb_grad_norm", "depth_grad_norm"), 1.0)
+        records.append({"type": "step", "step": 10 * epoch - 1, "epoch": None, "values": norms})
+        scores = {"rgb_overfitting_score": score, "depth_overfitting_score": 0.2}
+        records.append({"type": "epoch", "step": 10 * epoch, "epoch": float(epoch), "values": scores})
+    events = [event for event in replay(records, rules=RuleSet.guide) if isinstance(event, Event)]
+    overfits = [(step, rule) for step in (20, 50) for rule in ("S-OF", "S-OR")]
+    assert [(event.step, event.finding.rule) for event in events] == [(10, "S-GR"), *overfits]
+    assert all(event.raised for event in events)
+
+
+def test_a_replay_says_when_a_finding_is_over(tmp_path: Path) -> None:
+    train("empty", str(tmp_path), steps=24, until=10)
+    events = [event for event in replay(read_jsonl(tmp_path / "metrics.jsonl")) if isinstance(event, Event)]
+    raised, over = (event for event in events if event.finding.rule == "INZ")
+    assert raised.raised and not over.raised and raised.step < 12 <= over.step
+    assert str(over) == f"step {over.step}: INZ is over: {over.finding.seen}"
+
+
 def test_what_cannot_be_replayed_is_said(recorded: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="there is no rule 'INX'; nearest: IN"):
         main([str(recorded), "mute=INX"])
@@ -144,3 +169,11 @@ def test_what_cannot_be_replayed_is_said(recorded: Path, tmp_path: Path) -> None
 def test_who_asks_for_help_gets_it_without_an_error(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([asked])
     assert "RUN_DIR" in capsys.readouterr().out
+
+
+def test_the_command_reads_its_own_arguments(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["streammon-replay", "--version"])
+    main()
+    assert capsys.readouterr().out == f"{__version__}\n"
