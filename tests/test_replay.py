@@ -123,6 +123,8 @@ def test_a_replay_says_what_was_said_and_when(recorded: Path) -> None:
 def test_a_replay_takes_other_thresholds_and_mutes(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(recorded), "INZ.hold=8"])
     assert "step 10: error INZ: " in capsys.readouterr().out
+    main([str(recorded / "metrics.jsonl"), "INZ.hold=8"])
+    assert "step 10: error INZ: " in capsys.readouterr().out
     main([str(recorded), "mute=INZ"])
     assert "INZ" not in capsys.readouterr().out
     main([str(recorded), "rules=guide"])
