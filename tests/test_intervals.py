@@ -118,6 +118,17 @@ def test_newcombe_for_pairs_is_the_published_interval() -> None:
     assert (estimate.low, estimate.high) == pytest.approx((-0.507, -0.026), abs=5e-4)
 
 
+def test_newcombe_for_pairs_joins_wilsons_intervals_by_the_outcomes_correlation_less_half_an_item() -> None:
+    counts = (40, 10, 5, 45)
+    estimate = paired_proportions(*counts)
+    outcomes = np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], counts, axis=0)
+    correlation = np.corrcoef(outcomes.T)[0, 1] - 0.5 / 100 / outcomes.std(0).prod()
+    (low, high), (other_low, other_high) = (proportion_confint(n, 100, 0.05, "wilson") for n in (50, 45))
+    down, up = (0.5 - low, other_high - 0.45), (high - 0.5, 0.45 - other_low)
+    sides = [math.sqrt(a * a + b * b - 2 * correlation * a * b) for a, b in (down, up)]
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((0.05, 0.05 - sides[0], 0.05 + sides[1]))
+
+
 def test_pairs_that_agree_are_told_apart_better_than_two_sets() -> None:
     pairs = paired_proportions(700, 60, 20, 220)
     sets = difference(wilson(760, 1000), wilson(720, 1000))
@@ -182,6 +193,8 @@ def test_two_groups_have_one_degree_of_freedom() -> None:
     residuals = np.array([5 - 2 * 8 / 3, 3 - 8 / 3])
     half = stats.t.ppf(0.9, 1) * math.sqrt(2 * np.square(residuals).sum()) / 3
     assert (estimate.low, estimate.high) == pytest.approx((8 / 3 - half, 8 / 3 + half))
+    error = half / stats.t.ppf(0.9, 1)
+    assert replace(estimate, skew=0.0).upper(0.05) == pytest.approx(8 / 3 + stats.t.ppf(0.95, 1) * error)
 
 
 def test_a_figure_the_other_way_round_or_in_another_unit_is_that_of_the_values_changed_so() -> None:
@@ -298,6 +311,17 @@ def test_differences_of_correctness_cover_the_truth_where_disagreement_is_rare()
     draws = [torch.from_numpy((rng.uniform(size=100) < 0.03).astype(float)) for _ in range(1500)]
     assert covers([ratio(mean_sums(draw)) for draw in draws], 0.03) < 0.93
     assert covers([ratio(mean_sums(draw), unit_range=True) for draw in draws], 0.03) > 0.93
+
+
+@pytest.mark.parametrize("least", [-1.0, 0.0])
+def test_a_share_has_the_interval_of_its_items_and_one_of_either_extreme(least: float) -> None:
+    values = np.random.default_rng(3).choice([least, 0.0, 1.0], 50, p=[0.1, 0.6, 0.3])
+    estimate = ratio(mean_sums(torch.from_numpy(values)), unit_range=True, least=least)
+    more = np.append(values, [least, 1.0])
+    half = stats.t.ppf(0.975, 49) * stats.sem(more)
+    assert (estimate.low, estimate.high) == pytest.approx((more.mean() - half, more.mean() + half))
+    assert estimate.skew == pytest.approx(stats.skew(more) / math.sqrt(52))
+    assert (estimate.value, estimate.least, estimate.most) == (values.mean(), least, 1)
 
 
 def test_no_disagreement_at_all_is_not_certainty() -> None:
