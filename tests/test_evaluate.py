@@ -328,6 +328,9 @@ def test_streams_that_cannot_be_exchanged_in_their_features_say_so_and_can_in_th
     assert swapped.notes == ()
     assert {key for key in swapped if key.endswith("_uses")} == {f"{name}_val_uses" for name in names}
     assert swapped["rgb_val_uses"] == pytest.approx(found["rgb_val_uses"], **EXACT)
+    trained = monitor.evaluate(val, train=loader(data(160, 2, *names)), swap={"depth": 1, "audio": 2})
+    assert trained["depth_val_uses"] == pytest.approx(swapped["depth_val_uses"], **EXACT)
+    assert math.isfinite(trained["rgb_knows"]) and "depth_knows" not in trained
     with pytest.raises(ValueError, match="swap: there is no '7' in the batch; it has 0, 1, 2, 3"):
         monitor.evaluate(val, swap={"depth": 7})
     with pytest.raises(KeyError, match="text"):
@@ -915,6 +918,14 @@ def test_a_stream_adds_to_the_others_where_it_is_a_tenth_of_what_all_explain(
     assert found["full_knows_score"] == pytest.approx((1 + own**2) / (1.25 + own**2), abs=0.03)
     assert (found["depth_complement_low"] > 0.02) == (own > 0)
     assert statements(found, "depth") == said
+
+
+def test_other_items_than_before_are_compared_with_nothing() -> None:
+    monitor, train = watched(fitted("rgb", "depth")), loader(data(160, 2, "rgb", "depth"))
+    monitor.evaluate(loader(data(60, 1, "rgb", "depth")), train=train)
+    found = monitor.evaluate(loader(data(45, 1, "rgb", "depth")), train=train)
+    assert not {claim.statement for claim in found.claims} & {Statement.regressed, Statement.overfitting}
+    assert {name: len(items) for name, items in found.past.best.items()} == {"full": 45, "rgb": 45, "depth": 45}
 
 
 # Findings ---------------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from ddp_streammon import StreamMonitor, classification
-from ddp_streammon.evaluation import Evaluation, Statement
+from ddp_streammon import StreamMonitor, classification, keys
+from ddp_streammon.evaluation import Estimate, Evaluation, Statement, Table
+from ddp_streammon.evaluation.evidence import of_use
 from ddp_streammon.streams import StreamSpec
 from tests.ranks import run_ranks
 
@@ -261,6 +262,20 @@ def test_values_are_known_beyond_the_mean() -> None:
     low, high = (100 * found[f"rgb_knows_{end}"] for end in ("low", "high"))
     expected = f"beyond the mean, {100 * found['rgb_knows']:.1f} % of the variance [{low:.1f}, {high:.1f}]"
     assert not found.classes and expected in str(found)
+
+
+@pytest.mark.parametrize(("of_a_and_c", "needing"), [((-0.5, -0.3), {"a"}), ((-0.5, 0.1), set()), ((0.1, 0.3), set())])
+def test_a_stream_needs_the_others_where_each_of_them_surely_loses_its_worth_with_it(
+    of_a_and_c: tuple[float, float], needing: set[str]
+) -> None:
+    names, ones = ("a", "b", "c"), torch.ones(4, dtype=torch.float64)
+    limits = {("a", "b"): (-0.6, -0.2), ("a", "c"): of_a_and_c, ("b", "c"): (0.1, 0.3)}
+    estimates = {keys.cover(*pair, "val"): Estimate(sum(ends) / 2, *ends, 100, 100) for pair, ends in limits.items()}
+    estimates |= {f"{name}_val_uses": Estimate(0.5, 0.4, 0.6, 100, 100) for name in names}
+    table = Table(ones, {(keys.FULL, "loss"): ones}, ones.bool())
+    found = {name: of_use(table, estimates, name, "val", names) for name in names}
+    assert {name for name, own in found.items() if Statement.redundant in own.denied} == needing
+    assert {own.uses.margin for own in found.values() if own.uses is not None} == {0.01}
 
 
 # What is held back --------------------------------------------------------------------------------------------------

@@ -419,6 +419,7 @@ def test_items_that_met_are_a_cluster_each() -> None:
         half = half_width(totals, float(weights.sum()), 6)
         assert (found.value, *bounds_of(found)) == pytest.approx((mean, mean - half, mean + half), **EXACT)
         assert (found.items, found.groups) == (count, 6)
+        assert found.skew == pytest.approx((totals**3).sum() / np.square(totals).sum() ** 1.5)
 
 
 def grouped(seed: int, count: int, labels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -447,6 +448,12 @@ def test_items_that_share_a_group_at_either_end_depend_on_each_other() -> None:
         assert found.value == pytest.approx(mean, **EXACT)
         assert found.high - found.value == pytest.approx(max(dyadic, plain.high - mean), **EXACT)
         assert dyadic > plain.high - mean or found == plain
+        of_groups = [
+            math.fsum(r for r, both in zip(residuals, ends, strict=True) if end in both) for end in set().union(*ends)
+        ]
+        of_dyads = [math.fsum(r for r, both in zip(residuals, ends, strict=True) if both == dyad) for dyad in dyads]
+        cubes = math.fsum(total**3 for total in of_groups) - math.fsum(total**3 for total in of_dyads)
+        assert found == plain or found.skew == pytest.approx(cubes / squares**1.5)
 
 
 def test_partners_that_make_up_for_each_other_do_not_narrow_the_interval() -> None:
