@@ -137,12 +137,15 @@ def test_accuracy_and_its_interval_are_those_of_the_predictions() -> None:
 
 def test_r2_is_against_the_training_mean() -> None:
     train, held_out = streams(400, 0, classes=False), streams(200, 1, classes=False)
-    found = run(train, held_out, outputs=2, classes=False)
+    model = held_out.targets + 0.1 * torch.arange(400).double().reshape(200, 2) % 1 - 0.5
+    found = run(train, held_out._replace(prediction=model), outputs=2, classes=False)
     probe = Probe(WIDTHS, 2, classes=False)
     predicted = fit(probe, probe.sums(train), tuple(WIDTHS)).predict(probe.project(held_out))
     error = (held_out.targets - predicted).square().sum()
     base = (held_out.targets - train.targets.mean(0)).square().sum()
     assert found.everything.score.value == pytest.approx(float(1 - error / base), rel=1e-9)
+    of_model = 1 - (held_out.targets - model).square().sum() / base
+    assert found.head_gap.value == pytest.approx(float(1 - error / base - of_model), rel=1e-9)
     assert found.everything.advantage.value == pytest.approx(found.everything.score.value)
     assert 0 < found.everything.score.low < found.everything.score.value < found.everything.score.high < 1
     assert found.complement["rgb"].low > 0.3
@@ -265,6 +268,8 @@ def test_streams_are_projected_to_fair_shares_and_the_same_in_every_probe() -> N
     assert torch.equal(x[:, list(probe.columns["small"])], features["small"].double())
     again = Probe({"wide": 1000, "small": 20, "broad": 700}, 3).project(Labelled(features, torch.zeros(9)))
     assert torch.equal(x, again)
+    signs = Probe({"wide": 1000}, 3).project(Labelled({"wide": torch.eye(1000)}, torch.zeros(1000)))
+    assert set(signs.flatten().tolist()) == {-1, 1} and abs(float(signs.mean())) < 0.01
     other = Probe({"wide": 1000, "small": 20, "broad": 700}, 3, seed=1).project(Labelled(features, torch.zeros(9)))
     assert not torch.equal(x, other)
 
@@ -283,7 +288,7 @@ def test_a_projection_keeps_what_wide_features_know() -> None:
 
 def test_planted_streams_are_found() -> None:
     train, held_out = streams(2000, 0), streams(1000, 1)
-    right = torch.rand(1000, generator=torch.Generator().manual_seed(2)) < 0.5
+    right = torch.rand(1000, generator=torch.Generator().manual_seed(2)) < 0.3
     held_out = held_out._replace(prediction=torch.where(right, held_out.targets, (held_out.targets + 1) % CLASSES))
     found = run(train, held_out)
     assert found.alone["rgb"].advantage.low > 0.15  # one of two halves of the target: 50 % against 25 %
@@ -292,6 +297,7 @@ def test_planted_streams_are_found() -> None:
     assert found.complement["depth"].low > 0.3
     assert -0.02 < found.complement["audio"].value < 0.02
     assert found.complement["audio"].high < 0.03
+    assert found.head_gap.value == pytest.approx(found.everything.score.value - float(right.double().mean()))
     assert found.head_gap.low > 0.3
     assert found.everything.undetermined == ""
 
