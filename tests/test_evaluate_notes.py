@@ -93,6 +93,11 @@ def test_batches_in_which_no_item_has_all_streams_are_probed_of_nothing() -> Non
     assert math.isfinite(found["depth_knows"]) and math.isfinite(found["depth_val_ablated"])
 
 
+def test_of_items_of_one_class_nothing_is_known_beyond_it() -> None:
+    found = evaluated(lambda batch, given: {"target": torch.zeros_like(batch[2]), "prediction": None})
+    assert found.notes == () and found["rgb_knows"] == 0 and found["rgb_knows_score"] == 1
+
+
 def test_more_classes_than_a_probe_has_room_for_are_a_note() -> None:
     found = evaluated(lambda batch, given: {"target": batch[2] + 10**7})
     (note,) = found.notes

@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ddp_streammon import Items, StreamMonitor, StreamSet, classification
 from ddp_streammon.collective import Collective
-from ddp_streammon.evaluation import Plan, Replacement, each_alone, measure
+from ddp_streammon.evaluation import Past, Plan, Replacement, Request, each_alone, evaluate, measure
 from ddp_streammon.evaluation.harmless import undisturbed
 from ddp_streammon.train.models import MultiStreamModel, multi_mlp
 from tests.faults import Broken
-from tests.layouts import LAYOUTS, STREAMS, WORLD, Three, network
+from tests.layouts import LAYOUTS, STREAMS, WORLD, network
 from tests.ranks import run_ranks
 from tests.sharding import cases, needs_fsdp2, possible
 
@@ -488,14 +488,20 @@ def test_activations_of_a_sharded_model_are_those_of_one_process(layout: str) ->
         assert found | cut == pytest.approx(expected.to_dict(), **CLOSE)
 
 
-def _counted_twice() -> int:
+def _counted_twice() -> tuple[int, dict[str, float]]:
     """Items of ranks that are said to see the same data, though nothing is sharded."""
-    streams = StreamSet.resolve(Three(), STREAMS)
+    streams = StreamSet.resolve(network(torch.float32), STREAMS)
     collective = Collective()
     collective.share_data([(0, 1, 2), (0, 1, 2), (0, 1, 2), (3,)])
     found = measure(streams, collective, {"val": Items(DataLoader(data(7), 2))}, classification(), Plan({}))
-    return len(found.tables["val"])
+    held_out, train = Items(DataLoader(data(9), 2)), Items(DataLoader(data(64), 5))
+    return len(found.tables["val"]), dict(
+        evaluate(streams, collective, held_out, classification(), Request(train=train), Past())
+    )
 
 
 def test_ranks_that_see_the_same_data_count_as_one_also_in_uneven_groups() -> None:
-    assert run_ranks(4, _counted_twice) == [7] * 4
+    trained = with_training_items(network(torch.float32))
+    for count, found in run_ranks(4, _counted_twice):
+        assert count == 7
+        assert found == pytest.approx(trained, **CLOSE, nan_ok=True)
