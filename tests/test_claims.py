@@ -218,6 +218,8 @@ def test_figures_that_may_not_be_claimed_from_say_why() -> None:
     }
     assert claim.detectable == {}
     assert said(replace(own, uses=figure(0.0, groups=20))) == {Statement.unused}
+    for ends in ((-math.inf, 0.3), (0.1, math.inf)):
+        assert Figure(Estimate(0.2, *ends, 50, 50), 0.02).unusable == "it is undetermined"
     few_held_out = difference(estimate(0.5, 0.001, 512), estimate(0.1, 0.001, 19))
     (claim,) = claims(1, {"rgb": Evidence(uses=UNCLEAR, memory=Figure(few_held_out, 0.02))})
     assert claim.unusable == {"memory": "19 independent groups are fewer than 20"}

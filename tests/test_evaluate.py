@@ -264,6 +264,7 @@ def test_a_split_of_ones_own_and_a_regression() -> None:
         found
     )
     assert not any(key.endswith("_acc") or "_val_" in key for key in found)
+    assert "rgb_test_shapley" in found and "rgb_test_shapley_bias" not in found
     assert found["full_knows_score"] == found["full_knows"] > 0.3  # R^2, above the mean's 0
     assert found["full_head_gap"] > 0  # a ridge regression beats a classifier's logits
     assert not any(math.isnan(value) for value in found.values())

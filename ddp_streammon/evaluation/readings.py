@@ -110,7 +110,7 @@ def moves_with_its_input(table: Table, streams: Sequence[str]) -> bool:
     if len(streams) < 2 or not table.has(everything, LOSS):
         return False
     partner = table.partner[everything]
-    rows = table.tried & (partner != torch.arange(len(partner), device="cpu"))
+    rows = partner != torch.arange(len(partner), device="cpu")
     found, expected = table.figures[everything, LOSS][rows], table.figures[keys.FULL, LOSS][partner][rows]
     same = (found - expected).abs() <= _SAME * (1 + expected.abs())
     return bool(same.all()) and bool((expected != expected[:1]).any())
