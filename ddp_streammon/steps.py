@@ -88,11 +88,16 @@ class Steps:
         return figures
 
     def go_on_from(self, calls: int) -> None:
-        """Count on from another number of calls; weights may have been loaded, so replicas are compared anew."""
+        """Count on from another number of calls; weights may have been loaded, so replicas are compared anew.
+
+        What is under way has been brought in (`rest`), and is not acted on: an earlier call may be the next one.
+        """
         self.calls = calls
         self._audited = False
         self._compared_at = None
+        self._pause, self._paused_until = 1, 0
         self._fresh = None
+        self._to_act_on.clear()
         self._meter.look_at_next(calls % self._config.every == 0)
 
     def shadow(self) -> None:

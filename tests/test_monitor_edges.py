@@ -222,6 +222,33 @@ def test_a_reloaded_state_is_compared_anew() -> None:
     assert run_ranks(2, _reloaded) == [["DESYNC", "then"]] * 2
 
 
+def _rolled_back() -> list[float]:
+    """Norms after an earlier state is loaded, from when on rank 1 alone has a gradient, of one element."""
+    model = network()
+    monitor = StreamMonitor(model, streams=STREAMS)
+    state: dict[str, Any] = {}
+
+    def step(value: float) -> float:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        model.rgb[0].weight.grad[0, 0] += dist.get_rank() * (value == 0)
+        return monitor.step()["rgb_grad_norm"]
+
+    for call in range(1, 9):
+        step(1.0)
+        if call == 4:
+            state = monitor.state_dict()
+    assert all(monitor._meter.proof()["equal"])
+    monitor.load_state_dict(state)
+    return [step(0.0) for _ in range(4)]
+
+
+def test_a_training_that_is_rolled_back_is_compared_anew_at_once() -> None:
+    """Rank 0 would go on to read the first elements for both, and see nothing there, until call 8 comes again."""
+    for norms in run_ranks(2, _rolled_back):
+        assert norms == [0, 0, pytest.approx(0.5**0.5), pytest.approx(0.5**0.5)]
+
+
 def _part_of_the_ranks() -> Any:
     """Streams that live on different ranks, each sharded over its own."""
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
