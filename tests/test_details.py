@@ -16,10 +16,12 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_streammon import MonitorConfig, StreamMonitor
+from ddp_streammon.moments import COLUMNS
 from ddp_streammon.rank_facts import RankDetail
-from ddp_streammon.sampled import LAYER
+from ddp_streammon.sampled import ELEMENTS, LAYER, SUMS, Sampled
 from ddp_streammon.sinks import MemorySink
 from ddp_streammon.stats import StepStats
+from ddp_streammon.streams import StreamSet
 from tests.networks import STREAMS, batch, loss_of, network, part
 from tests.ranks import run_ranks
 
@@ -236,3 +238,65 @@ def test_forwards_that_are_transformed_or_traced_go_through_and_are_left_out(rec
     (told,) = [str(one.message) for one in recwarn if one.category is UserWarning]
     assert "a forward's inputs could not be looked at (RuntimeError: " in told
     assert told.endswith("it is left out of what rules about inputs see, other forwards are not")
+
+
+def test_samples_follow_weights_that_move_in_memory_are_frozen_or_come_to_the_optimizer_later() -> None:
+    model, sink = network(), MemorySink()
+    optimizer = torch.optim.SGD(model.rgb.parameters(), 0.1)
+    monitor = StreamMonitor(model, optimizer, streams=STREAMS, sinks=[sink])
+    true, before = [], _whole([*model.rgb.parameters()])
+    for step in range(1, 6):
+        trained = [parameter for parameter in model.rgb.parameters() if parameter.requires_grad]
+        now = _whole(trained)
+        true.append((now - before[: len(now)]).norm().item() / now.norm().item())
+        before = now
+        loss_of(model, batch(seed=step)).backward()
+        monitor.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 2:
+            model.rgb[0].weight.data = model.rgb[0].weight.data.clone()
+        if step == 3:
+            model.rgb[3].requires_grad_(False)
+            optimizer.add_param_group({"params": [*model.depth.parameters()]})
+    monitor.close()
+    steps = [report.stats.streams for report in sink.reports if report.stats is not None]
+    rgb, depth = ([streams[name].sample for streams in steps] for name in STREAMS)
+    assert [sample.update for sample in rgb] == [
+        close(math.nan),
+        *map(close, true[1:3]),
+        close(math.nan),
+        close(true[4]),
+    ]
+    assert [(sample.trainable, sample.optimized) for sample in rgb] == [(4, 4)] * 3 + [(2, 2)] * 2
+    assert [(sample.trainable, sample.optimized) for sample in depth] == [(2, 0)] * 3 + [(2, 2)] * 2
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradients_that_several_passes_add_up_are_not_left_standing(sparse: bool) -> None:
+    model = nn.ModuleDict({"words": nn.Embedding(9, 2, sparse=sparse), "head": nn.Linear(2, 2)})
+    sink = MemorySink()
+    monitor = StreamMonitor(model, streams={"words": "words"}, sinks=[sink])
+    for step in range(1, 5):
+        for _ in range(2):
+            model["head"](model["words"](torch.arange(4))).sum().backward()
+        monitor.step()
+        if step != 3:
+            model.zero_grad()
+    monitor.close()
+    steps = [report.stats.streams for report in sink.reports if report.stats is not None]
+    words, head = ([streams[name].sample.uncleared for streams in steps] for name in ("words", "shared"))
+    assert head == [0, 0, 0, 1]
+    assert words == ([0] * 4 if sparse else head)  # sparse ones are not looked at
+
+
+def test_a_sample_is_small_and_holds_small_tensors_whole() -> None:
+    shapes = [(100, 300), (7,), (300, 100), (64, 64)]
+    model = nn.ModuleDict({"a": nn.ParameterList([nn.Parameter(torch.ones(shape)) for shape in shapes])})
+    sampled = Sampled(StreamSet.resolve(model, {"a": "a"}), [], torch.device("cpu"), every=1)
+    sampled.look(0)
+    ((_, _, _, compared, *_),), _ = sampled.begin(1)
+    assert compared == ELEMENTS
+    sums = torch.zeros(1, len(SUMS), dtype=torch.float64)
+    sampled.write(torch.zeros(2, COLUMNS, dtype=torch.float64), sums, torch.zeros(1, 2, dtype=torch.float64))
+    assert sums[0, 1] == ELEMENTS  # squares of ones

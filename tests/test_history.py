@@ -63,7 +63,9 @@ def test_trimming_keeps_exactly_the_last_values(limit: int) -> None:
         kept = range(max(0, step + 1 - limit), step + 1)
         assert history["loss"] == [n * 0.5 for n in kept]
         assert history.series("loss") == [Entry(n, n / 10, n * 0.5) for n in kept]
-        assert history.state_dict()["series"]["loss"]["steps"] == list(kept)
+        assert history.tail("loss", 2 * limit) == history.series("loss")
+        state = history.state_dict()["series"]["loss"]
+        assert state == {"steps": [*kept], "epochs": [n / 10 for n in kept], "values": [n * 0.5 for n in kept]}
         assert history.latest("loss") == step * 0.5
 
 

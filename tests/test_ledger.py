@@ -28,11 +28,15 @@ def test_a_finding_of_steps_is_cleared_by_a_step_and_one_of_epochs_by_an_epoch()
     assert ledger.take("epoch", 1, [of_epochs]) == [of_epochs]
     again = found("a norm of 4 is large", evidence={"norm": 4.0}, action=Action("lr", "rgb", 0.1, 0.2))
     assert ledger.take("step", 2, [again]) == []
+    assert ledger.take("epoch", 2, [of_steps, of_epochs]) == []
     assert [row["cleared"] for row in table(ledger)] == [None, None]
+    assert ledger.changes == 2
     assert ledger.take("step", 3, []) == []
     assert [row["cleared"] for row in table(ledger)] == [3, None]
     assert ledger.take("epoch", 4, []) == []
+    assert ledger.changes == 4
     assert ledger.take("step", 5, [of_steps]) == [of_steps]
+    assert ledger.changes == 5
     first, second = table(ledger)
     assert (first["raised"], first["cleared"], first["times"]) == (1, None, 2)
     assert (second["raised"], second["cleared"], second["times"], second["stream"]) == (1, 4, 1, "rgb")

@@ -54,6 +54,10 @@ def test_without_samples_every_rank_counts_once() -> None:
     assert user_numbers(("loss",), {"loss": 0.5}, None, CPU).cells == [0.5, 0.5, 1.0, 1.0]
 
 
+def test_a_rank_may_have_no_samples() -> None:
+    assert user_numbers(("loss",), {"loss": 0.5}, 0, CPU).cells == [0.5, 0.0, 0.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("value", "samples", "said"),
     [
