@@ -155,7 +155,9 @@ def _scale(layers: Sequence[nn.Module]) -> tuple[float, bool]:
             continue
         fan_in = weight.shape[1:].numel()
         sample = flat(local(weight.detach()))[:ELEMENTS].float()
-        mean_square = float(sample.square().mean()) if len(sample) else 0.0
+        if not len(sample):
+            continue
+        mean_square = float(sample.square().mean())
         zeros = zeros or mean_square == 0
         if mean_square > 0:
             squares += mean_square * fan_in * weight.numel()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_streammon import MonitorConfig, StreamMonitor
+from ddp_streammon.facts import Facts
 from ddp_streammon.moments import COLUMNS
 from ddp_streammon.rank_facts import RankDetail
 from ddp_streammon.sampled import ELEMENTS, LAYER, SUMS, Sampled
@@ -116,7 +118,7 @@ def jobs(world: int, every: int = 1) -> tuple[list[StepStats], list[list[dict[st
 JOBS = pytest.mark.parametrize(("world", "every"), [(1, 1), (2, 1), (3, 1), (2, 2)])
 
 
-def close(value: float) -> Any:
+def close(value: Any) -> Any:
     return pytest.approx(value, rel=1e-5, abs=1e-7, nan_ok=True)
 
 
@@ -212,6 +214,7 @@ def test_equal_weights_and_batches_have_equal_numbers_and_others_have_not(world:
 
 
 def test_forwards_that_are_transformed_or_traced_go_through_and_are_left_out(recwarn: pytest.WarningsRecorder) -> None:
+    warnings.simplefilter("always")  # it is said once all the same
     inner, sink = network(), MemorySink()
     monitor = StreamMonitor(inner, streams=STREAMS, sinks=[sink])
     rgb, depth, target = batch()
@@ -300,3 +303,64 @@ def test_a_sample_is_small_and_holds_small_tensors_whole() -> None:
     sums = torch.zeros(1, len(SUMS), dtype=torch.float64)
     sampled.write(torch.zeros(2, COLUMNS, dtype=torch.float64), sums, torch.zeros(1, 2, dtype=torch.float64))
     assert sums[0, 1] == ELEMENTS  # squares of ones
+
+
+class Centred(nn.Module):
+    """Takes the mean off its image, in place, before its first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, times: Tensor, spectrum: Tensor, *, image: Tensor) -> Tensor:
+        output: Tensor = self.layer(image.sub_(image.mean())) * times[:, None] * spectrum.abs()
+        return output
+
+
+def _seen_of_centred(*, training: bool = True, gradients: bool = True) -> tuple[Any, Tensor]:
+    """What is seen of a first step with one forward; and the image that it was given."""
+    model, sink = nn.ModuleDict({"a": Centred(), "b": nn.Linear(2, 2)}), MemorySink()
+    monitor = StreamMonitor(model, streams={"a": "a", "b": "b"}, sinks=[sink])
+    image = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)) + 3
+    model.train(training)
+    with torch.set_grad_enabled(gradients):
+        model["a"](torch.ones(6), torch.ones(6, 2, dtype=torch.complex64), image=image.clone())
+    monitor.step()
+    monitor.close()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
+    stats = sink.reports[0].stats
+    assert stats is not None and stats.rank_facts[0].detail is not None
+    return stats.rank_facts[0].detail.inputs[0], image
+
+
+def test_the_first_batch_of_plain_numbers_is_seen_and_what_the_first_layer_makes_of_it() -> None:
+    seen, image = _seen_of_centred()
+    expected, centred = _figures_of(image), _figures_of(image - image.mean())
+    assert {key: getattr(seen, key) for key in expected} == {key: close(value) for key, value in expected.items()}
+    assert (seen.calls, seen.first_mean, seen.first_std) == (1, close(centred["mean"]), close(centred["std"]))
+
+
+@pytest.mark.parametrize(
+    ("training", "gradients", "calls"), [(True, False, 1), (False, True, 1), (True, True, 1), (False, False, 0)]
+)
+def test_forwards_with_gradients_or_in_training_mode_count(training: bool, gradients: bool, calls: int) -> None:
+    assert _seen_of_centred(training=training, gradients=gradients)[0].calls == calls
+
+
+def test_facts_are_of_the_first_group_and_of_every_module() -> None:
+    inner = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 2), nn.Dropout()), "b": nn.BatchNorm1d(2)})
+    model = nn.DataParallel(inner)
+    first = {"params": [inner["a"][0].bias], "lr": 1.0, "weight_decay": 0.5}
+    optimizer = torch.optim.SGD([first, {"params": [inner["a"][0].weight], "lr": 2.0}])
+    facts = Facts(3, StreamSet.resolve(model, {"a": "a", "b": "b"}), model, [optimizer])
+    said = facts.now(samples=7)
+    assert (said.rank, said.lr, said.weight_decay) == (3, close((1.0, math.nan)), close((0.5, math.nan)))
+    assert (said.training, said.samples, facts.share_in_eval()) == (1, 7, 0)
+    optimizer.param_groups[0] |= {"initial_lr": 4.0, "lr": torch.empty((), device="meta")}
+    inner["b"].eval()
+    assert facts.base_rates() == close([4.0, math.nan])
+    assert facts.now(samples=None).lr == close((math.nan, math.nan))  # a device would have to be waited for
+    assert facts.share_in_eval() == 0.5
+    inner.training = False
+    assert facts.now(samples=None).training == 0
