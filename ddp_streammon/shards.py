@@ -149,7 +149,7 @@ def shares(families: Sequence[Family], rank: int, proved: Sequence[bool]) -> tup
     for family, equal in zip(families, proved, strict=True):
         peers = family.peers(rank)
         for parameter in family.parameters:
-            if equal or len(peers) == 1:
+            if equal:
                 cut.setdefault(peers, []).append((family, parameter))
             else:
                 size = local(parameter).numel()

@@ -12,11 +12,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from ddp_streammon import MonitorConfig, StreamMonitor
+from ddp_streammon import MonitorConfig, StreamMonitor, linear
 from ddp_streammon.config import RuleSet
-from ddp_streammon.linear import LIMIT
+from ddp_streammon.linear import LIMIT, Linear
+from ddp_streammon.moments import ABS_MAX, ELEMENTS, NANS, NONFINITE, SQ_SUM, SUM, TENSORS
 from ddp_streammon.plan import Plan
-from ddp_streammon.stats import ScalarLike
+from ddp_streammon.stats import ScalarLike, Total
 from tests.ranks import run_ranks
 
 WORLD = 2
@@ -77,7 +78,9 @@ def _late() -> tuple[list[tuple[float, ...]], list[str], int]:
                 module[1].grad = torch.full((3,), 2.0)
             if step >= LATE:
                 model.first[0].grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()])
-            of = monitor.step(loss=1.0)
+            of = monitor.step(loss=1.0, **({} if step == LATE + 3 else {"count": Total(step)}))
+            if step == LATE + 5:
+                assert of["count"] == step  # both ranks work on the same data
             names = ("first_grad_norm", "first_grad_max", "second_grad_norm", "second_grad_max", "second_grad_share")
             figures.append(tuple(of[name] for name in names))
     monitor.close()
@@ -97,6 +100,39 @@ def test_partial_gradients_that_come_later_make_no_figure_that_misses_them() -> 
             "were agreed on, so norm, mean and maximum are nan in steps 3 to 5; from the next step on they are measured"
         ]
         assert agreed == 2
+
+
+def _average() -> str:
+    return _said(4, 4, [Replicate()], [[Partial("avg")]] * WORLD)[0]
+
+
+def test_averages_still_to_be_taken_are_refused() -> None:
+    for text in run_ranks(WORLD, _average):
+        assert "only gradients that are placed like their parameter, or Partial(sum), can be measured" in text
+
+
+def _summands() -> list[float]:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    parameter = nn.Parameter(distribute_tensor(torch.zeros(2, 2), mesh, [Replicate()]))
+    parameter.grad = DTensor.from_local(torch.full((2, 2), 8.0), mesh, [Partial()])
+    absent = Linear("elsewhere", 0, 3)
+    tensors = (absent, Linear("here", 1, 4))
+    cells = linear.cells(tensors, {"here": parameter}, {id(parameter): 4}, 0.25, torch.device("cpu"))
+    return cells.tolist()
+
+
+def test_summands_are_unscaled_and_shared_among_the_ranks_that_hold_the_same() -> None:
+    """Four ranks hold the parameter, two and two of which hold the summands of one sum."""
+    assert run_ranks(WORLD, _summands) == [[0.0] * 4 + [8 * 0.25 * 2 / 4] * 4 + [1.0]] * WORLD
+
+
+def test_figures_of_sums_count_a_tensor_once_and_leave_out_what_is_not_finite() -> None:
+    tensors = (Linear("a", 0, 4), Linear("empty", 0, 0), Linear("none", 1, 2))
+    summed = torch.tensor([3.0, -4.0, math.nan, math.inf, 2.0, 2.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    first, second = linear.moments(tensors, summed, 2)
+    expected = {SUM: -1, SQ_SUM: 25, NONFINITE: 2, NANS: 1, ELEMENTS: 4, TENSORS: 2, ABS_MAX: 4}
+    assert {column: first[column].item() for column in expected} == expected
+    assert not second.any()
 
 
 def test_a_gradient_placed_otherwise_on_one_rank_is_refused_on_all() -> None:

@@ -157,6 +157,38 @@ def test_the_order_of_memory_is_asked_where_it_matters() -> None:
     assert cells.tolist() == pytest.approx([math.nan, 1, 1, 1], nan_ok=True)
 
 
+def test_what_cannot_be_read_shows_that_it_is_equal() -> None:
+    """Parts without elements, and what is not among those to be read; missing and zero gradients show nothing."""
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (0, 3, 3, 3, 3)]
+    parameters[2].grad, parameters[4].grad = torch.zeros(3), torch.tensor([0.0, 0.0, 1.0])
+    family = Family(0, ((0, 1),), tuple(parameters), size=6, first=True)
+    held = Family(0, ((0, 1),), (parameters[0], *parameters[2:]), size=6, first=True)
+    cells = shown_cells([family], [held], lambda parameter: parameter.grad, torch.device("cpu"))
+    assert cells.tolist() == [1, 1, 0, 0, 1, 0]
+
+
+EVERY = 4
+"""Calls from one audit to the next."""
+
+
+def _apart_from_step_6_on() -> list[float]:
+    """Norms of a weight whose gradients are equal until rank 1 alone has one, of one element."""
+    model = nn.ModuleDict({"a": nn.Linear(100, 100, bias=False)})
+    monitor = StreamMonitor(model, streams={"a": "a"}, config=MonitorConfig(audit_every=EVERY))
+    norms = []
+    for step in range(1, 13):
+        model["a"].weight.grad = torch.full((100, 100), float(step < 6))
+        model["a"].weight.grad[0, 0] += dist.get_rank() * (step >= 6)
+        norms.append(monitor.step()["a_grad_norm"])
+    return norms
+
+
+def test_replicas_that_part_are_read_in_full_after_the_next_audit() -> None:
+    """The audits are steps 1, 5 and 9, and what they show is taken over after the step behind them."""
+    for norms in run_ranks(2, _apart_from_step_6_on):
+        assert norms == [pytest.approx(100)] * 5 + [0] * 5 + [pytest.approx(0.5**0.5)] * 2
+
+
 def audit(*found: tuple[bool, bool], ranks: int = 4) -> StepStats:
     """An audit that so many ranks took part in; of each family whether gradients and weights are equal."""
     facts = tuple(RankFacts(rank, (), (), 1.0, 1.0, 1.0, 1.0) for rank in range(ranks))

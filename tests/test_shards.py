@@ -10,10 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
+from ddp_streammon import StreamMonitor
 from ddp_streammon.shards import (
     CHUNK,
     Family,
@@ -90,6 +93,30 @@ def test_what_is_not_proved_equal_is_read_in_full_for_its_part_of_the_mean() -> 
     assert share.weight == 1  # one process holds no replicas
 
 
+def test_a_part_without_the_first_elements_counts_no_tensor() -> None:
+    family = Family(0, ((0, 1),), (nn.Parameter(torch.zeros(2 * CHUNK)),), size=1, first=False)
+    for rank, proved in itertools.product((0, 1), (True, False)):
+        assert [piece.counts for share in shares([family], rank, [proved]) for piece in share.pieces] == [False]
+
+
+def _apart() -> dict[str, float]:
+    """Streams whose meshes are one rank each, as stages of a pipeline are; the gradients say whose they are."""
+    rank = dist.get_rank()
+    model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
+    for holder, module in enumerate(model.values()):
+        mesh = DeviceMesh("cpu", [holder])
+        module.weight = nn.Parameter(DTensor.from_local(torch.ones(4 * (rank == holder), 4), mesh, [Shard(0)]))
+        if rank == holder:
+            module.weight.grad = DTensor.from_local(torch.full((4, 4), 1.0 + holder), mesh, [Shard(0)])
+    return StreamMonitor(model, streams=PARTS).compute_stream_gradients().to_dict()
+
+
+def test_ranks_outside_of_a_parameters_mesh_hold_nothing_of_it() -> None:
+    for figures in run_ranks(2, _apart):
+        assert (figures["a_grad_norm"], figures["b_grad_norm"]) == (4, 8)
+        assert (figures["a_grad_elements"], figures["b_params"]) == (16, 1)
+
+
 class Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -124,6 +151,8 @@ def _layouts() -> dict[str, Any]:
     note("tp", parallelize_module(Parts(), mesh["tp"], {"a": ColwiseParallel(), "b": RowwiseParallel()}))
     both = parallelize_module(Parts(), mesh["tp"], {"a": ColwiseParallel(), "b": RowwiseParallel()})
     note("fsdp2 x tp", fully_shard(both, mesh=mesh["dp"]))
+    both = parallelize_module(Parts(), mesh["tp"], {"a": ColwiseParallel(), "b": RowwiseParallel()})
+    note("ddp x tp", DistributedDataParallel(both, device_mesh=mesh["dp"]))
     return answers
 
 
@@ -140,6 +169,7 @@ def test_families_and_data_ranks_of_layouts() -> None:
         families, peers = answer["tp"]
         assert peers == tp_peers
         assert families == [(0, pairs, 2, rank % 2 == 0), (1, pairs, 1, rank % 2 == 0), (1, everyone, 1, True)]
+        assert answer["ddp x tp"] == answer["tp"]
         families, peers = answer["fsdp2 x tp"]
         assert peers == tp_peers
         data_sets = ((0, 1), (2, 3))
