@@ -102,6 +102,21 @@ def test_partial_gradients_that_come_later_make_no_figure_that_misses_them() -> 
         assert agreed == 2
 
 
+def _power() -> dict[str, float]:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    model = nn.ModuleDict({name: nn.ParameterList([torch.ones(2)]) for name in ("first", "second")})
+    model["first"][0] = nn.Parameter(distribute_tensor(torch.ones(2), mesh, [Replicate()]))
+    model["first"][0].grad = DTensor.from_local(torch.ones(2), mesh, [Partial()])
+    model["second"][0].grad = torch.ones(2)
+    monitor = StreamMonitor(model, streams={"first": "first", "second": "second"})
+    return monitor.compute_gradient_power().to_dict() | {"norm": monitor.compute_stream_gradients()["first_grad_norm"]}
+
+
+def test_before_the_first_step_such_gradients_have_norms_and_no_power() -> None:
+    expected = {"first_grad_power": math.nan, "second_grad_power": 2, "norm": math.sqrt(8)}
+    assert run_ranks(WORLD, _power) == [pytest.approx(expected, nan_ok=True)] * WORLD
+
+
 def _average() -> str:
     return _said(4, 4, [Replicate()], [[Partial("avg")]] * WORLD)[0]
 

@@ -252,6 +252,18 @@ def test_weights_in_channels_last_memory_are_compared_element_by_element() -> No
             assert figures == pytest.approx(answer.by_hand[stream][at - 1], rel=1e-6)
 
 
+def test_updates_of_complex_weights_are_seen() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(3, 2, bias=False, dtype=torch.complex64), "b": nn.Linear(2, 2)})
+    monitor = StreamMonitor(model, streams={"a": "a", "b": "b"}, config=MonitorConfig(update_every=1))
+    monitor.step()
+    before = model["a"].weight.detach().clone()
+    with torch.no_grad():
+        model["a"].weight += torch.tensor([[3.0, 4.0j, 0], [0, 0, 0]])
+    figures = monitor.step()
+    assert figures["a_update_norm"] == pytest.approx(5, rel=1e-6)
+    assert figures["a_update_ratio"] == pytest.approx(5 / before.norm().item(), rel=1e-6)
+
+
 def test_weights_with_gaps_in_their_memory_are_compared() -> None:
     torch.manual_seed(0)
     model = nn.Linear(6, 4)

@@ -83,6 +83,15 @@ def test_streams_without_weights_are_nan_and_three_streams_have_named_ratios() -
     assert [key for key in figures if "ratio" in key] == [f"{pair}_weight_norm_ratio" for pair in pairs]
 
 
+def test_models_without_weights_and_weights_without_elements_have_no_figures() -> None:
+    gates = nn.ModuleDict({name: nn.ParameterList([torch.ones(3)]) for name in "ab"})
+    assert all(map(math.isnan, StreamMonitor(gates).compute_stream_weights().values()))
+    model = nn.ModuleDict({"weights": nn.Linear(2, 2), "empty": nn.ParameterDict({"weight": torch.zeros(0, 3)})})
+    figures = StreamMonitor(model, streams={"weights": "weights", "empty": "empty"}).compute_stream_weights()
+    assert math.isnan(figures["empty_weight_norm"])
+    assert figures["weights_weight_norm"] == pytest.approx(model["weights"].weight.norm().item())  # not of the bias
+
+
 # The seed's original ----------------------------------------------------------------------------------------------
 
 
