@@ -80,7 +80,7 @@ def _late() -> tuple[list[tuple[float, ...]], list[str], int]:
                 model.first[0].grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()])
             of = monitor.step(loss=1.0, **({} if step == LATE + 3 else {"count": Total(step)}))
             if step == LATE + 5:
-                assert of["count"] == step  # both ranks work on the same data
+                assert (of["count"], of["loss"]) == (step, 1)  # both ranks work on the same data
             names = ("first_grad_norm", "first_grad_max", "second_grad_norm", "second_grad_max", "second_grad_share")
             figures.append(tuple(of[name] for name in names))
     monitor.close()
@@ -156,6 +156,35 @@ def test_a_gradient_placed_otherwise_on_one_rank_is_refused_on_all() -> None:
         "the gradient of first.0 is placed S(0) where the parameter is placed R: only gradients that are placed like "
         "their parameter, or Partial(sum), can be measured; redistribute it, or leave it out"
     ] * WORLD
+
+
+def _refused_late() -> tuple[list[float], str]:
+    """Norms until a step refuses; in step 3 rank 1 has a gradient that cannot be measured."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    model = nn.ModuleDict({name: nn.ParameterList([torch.ones(2)]) for name in ("first", "second")})
+    model["first"][0] = nn.Parameter(distribute_tensor(torch.ones(2), mesh, [Replicate()]))
+    monitor = StreamMonitor(model, streams={"first": "first", "second": "second"})
+    norms: list[float] = []
+    try:
+        for step in range(1, 9):
+            otherwise = step >= 3 and mesh.get_local_rank() == 1
+            of_rank, placement = (torch.ones(1), Shard(0)) if otherwise else (torch.ones(2), Replicate())
+            model["first"][0].grad = DTensor.from_local(of_rank, mesh, [placement])
+            model["second"][0].grad = torch.ones(2)
+            norms.append(monitor.step()["second_grad_norm"])
+    except ValueError as error:
+        return norms, str(error)
+    return norms, ""
+
+
+def test_a_gradient_placed_otherwise_later_is_refused_on_all_and_leaves_no_figure_until_then() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        answers = run_ranks(WORLD, _refused_late)
+    expected = [math.sqrt(2)] * 2 + [math.nan] * 2
+    for norms, text in answers:
+        assert norms == pytest.approx(expected, nan_ok=True)
+        assert text.startswith("the gradient of first.0 is placed ")
 
 
 def test_too_many_elements_are_refused_with_the_largest_parameter() -> None:

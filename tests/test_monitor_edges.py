@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_streammon import MonitorConfig, StreamMonitor
+from ddp_streammon.sinks import MemorySink
 from tests import layouts
 from tests.networks import STREAMS, batch, loss_of, network, part
 from tests.ranks import run_ranks
@@ -247,6 +248,33 @@ def test_a_training_that_is_rolled_back_is_compared_anew_at_once() -> None:
     """Rank 0 would go on to read the first elements for both, and see nothing there, until call 8 comes again."""
     for norms in run_ranks(2, _rolled_back):
         assert norms == [0, 0, pytest.approx(0.5**0.5), pytest.approx(0.5**0.5)]
+
+
+MANY = {f"number{place}": 1.0 for place in range(2030)}
+"""Numbers that leave a packet room for the slots of one rank."""
+
+
+def _heard_in_turns() -> tuple[list[float], list[tuple[int, ...]]]:
+    """The largest element step by step, and, on rank 0, who sent a number that is not finite; in step 3 rank 1 has an
+    element of 7 and an infinite loss."""
+    rank, sink = dist.get_rank(), MemorySink()
+    model = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    monitor = StreamMonitor(model, streams={"a": "a"}, sinks=[sink])
+    largest = []
+    for step in range(1, 8):
+        odd = (step, rank) == (3, 1)
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 7.0 if odd else 1.0 + rank)
+        largest.append(monitor.step(loss=math.inf if odd else 1.0, **MANY)["a_grad_max"])
+    monitor.close()
+    return largest, [report.stats.nonfinite_ranks for report in sink.reports if report.stats is not None]
+
+
+def test_what_a_rank_saw_while_another_one_was_heard_is_told_in_its_turn() -> None:
+    """In step 1, an audit, both are heard, then rank 1 in even steps and rank 0 in odd ones."""
+    (largest, nonfinite), (same, _) = run_ranks(2, _heard_in_turns)
+    assert largest == same == [2, 2, 1, 7, 1, 2, 1]
+    assert nonfinite == [(), (), (), (1,), (), (), ()]
 
 
 def _part_of_the_ranks() -> Any:

@@ -161,7 +161,7 @@ def _asked_in_between() -> dict[str, dict[int, tuple[float, float]]]:
         monitor.compute_stream_gradients()
         monitor.step()
         monitor.clip_grad_norm_(0.1)
-        monitor.compute_stream_gradients()
+        assert "rgb_update_norm" not in monitor.compute_stream_gradients()
         optimizer.step()
 
     return recorded(monitor, optimizer, step).history
