@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.func import functional_call, grad, vmap
 from torch.nn.parallel import DistributedDataParallel
 
@@ -290,9 +293,32 @@ def test_gradients_that_several_passes_add_up_are_not_left_standing(sparse: bool
     assert words == ([0] * 4 if sparse else head)  # sparse ones are not looked at
 
 
-def test_a_sample_is_small_and_holds_small_tensors_whole() -> None:
+def _tensor_parallel() -> list[list[float]]:
+    """Of each step and stream on how many ranks a gradient was left standing; in the last one it was."""
+    mesh = init_device_mesh("cpu", (2,))
+    model, sink = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}), MemorySink()
+    parallelize_module(model["a"], mesh, ColwiseParallel(output_layouts=Replicate()))
+    monitor = StreamMonitor(model, streams={"a": "a", "b": "b"}, sinks=[sink])
+    for step in range(1, 4):
+        for _ in range(2):
+            (model["a"](torch.ones(2, 4)) + model["b"](torch.ones(2, 4))).sum().backward()
+        monitor.step()
+        if step != 2:
+            model.zero_grad()
+    monitor.close()
+    steps = [report.stats.streams for report in sink.reports if report.stats is not None]
+    return [[of.sample.uncleared for of in streams.values() if of.sample is not None] for streams in steps]
+
+
+def test_gradients_of_tensor_parallel_streams_may_add_up_and_are_not_looked_at() -> None:
+    assert run_ranks(2, _tensor_parallel)[0] == [[0, 0], [0, 0], [0, 2]]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_sample_is_small_and_holds_small_tensors_whole(trained: bool) -> None:
     shapes = [(100, 300), (7,), (300, 100), (64, 64)]
-    model = nn.ModuleDict({"a": nn.ParameterList([nn.Parameter(torch.ones(shape)) for shape in shapes])})
+    parameters = [nn.Parameter(torch.ones(shape), requires_grad=trained) for shape in shapes]
+    model = nn.ModuleDict({"a": nn.ParameterList(parameters)})
     sampled = Sampled(StreamSet.resolve(model, {"a": "a"}), [], torch.device("cpu"), every=1)
     sampled.look(0)
     ((_, _, _, compared, *_),), _ = sampled.begin(1)
