@@ -243,7 +243,7 @@ class GradientMeter:
             rows[:, :3] /= self._collective.topology.model_peers
         if step.plan.of_step and self._details is not None:
             self._details.write(draft, step.plan, table[streams:], waiting=step.waiting)
-        if step.plan.of_step and step.plan.layout.turns > 1:
+        if step.plan.layout.turns > 1:
             # The largest abs-max and the count of non-finite numbers since this rank last filled its slots.
             maxima = torch.maximum(self._kept[:-1], maxima)
             bad.add_(self._kept[-1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -14,7 +15,10 @@ import sys
 import textwrap
 import threading
 import time
+from enum import Enum
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -319,12 +323,13 @@ def test_a_file_that_cannot_grow_is_one_warning_and_stays_readable(
     assert [record["type"] for record in read_jsonl(tmp_path / "log.jsonl")] == ["run", "step"]
 
 
-def test_a_sink_that_cannot_open_is_heard_before_training() -> None:
+@pytest.mark.parametrize("error", [ValueError("no such project"), PermissionError(errno.EACCES, "no such project")])
+def test_a_sink_that_cannot_open_is_heard_before_training(error: Exception) -> None:
     class Closed(MemorySink):
         def open(self, run: RunInfo) -> None:
-            raise ValueError("no such project")
+            raise error
 
-    with pytest.raises(ValueError, match="no such project"):
+    with pytest.raises(type(error), match="no such project"):
         FanOut([Closed()]).open(RUN)
 
 
@@ -361,6 +366,36 @@ def test_jsonl_gives_every_value_back_and_is_strict_json(tmp_path: Path) -> None
     assert finding["finding"] == str(OVERFIT) and finding["severity"] == "warning"
     assert finding["evidence"] == {"score": math.inf} and math.isnan(finding["action"]["old"])
     assert (outcome["text"], outcome["exit_code"], outcome["values"]) == ("the end", 3, OUTCOME.summary)
+
+
+class Mode(Enum):
+    fast = "quick"
+
+
+def test_jsonl_writes_what_json_has_no_type_for_as_its_value_or_its_text(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "log.jsonl")
+    sink.open(
+        RunInfo(streams=(), config={"mode": Mode.fast, "names": frozenset({"a"}), "rank": {0: tmp_path}}, inventory="")
+    )
+    (run,) = read_jsonl(sink.path)
+    assert run["config"] == {"mode": "quick", "names": ["a"], "rank": {"0": str(tmp_path)}}
+
+
+class InParts(FileIO):
+    """A file that takes a few bytes at a time, as one may that is interrupted by signals."""
+
+    def write(self, data: Any) -> int:
+        return super().write(data[:7])
+
+
+def test_jsonl_writes_whole_lines_where_a_file_takes_them_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ddp_streammon.sinks.jsonl.FileIO", InParts)
+    sink = JsonlSink(tmp_path / "log.jsonl")
+    sink.open(RUN)
+    sink.write(EPOCH)
+    assert read_jsonl(sink.path)[1]["values"] == dict(EPOCH.values)
 
 
 def test_jsonl_is_on_disk_after_each_record(tmp_path: Path) -> None:
