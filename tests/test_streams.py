@@ -282,6 +282,22 @@ def test_roots_are_the_largest_callable_modules_and_come_once() -> None:
     assert roots(parameter_only) == {"stream1": ("stream1",), "stream2": (), "stream10": ("stream10",), "shared": ()}
 
 
+def test_a_list_of_modules_cannot_be_called_and_its_modules_are_the_roots() -> None:
+    model = nn.ModuleDict({"towers": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), "head": nn.Linear(2, 2)})
+    assert roots(StreamSet.resolve(model, {"a": "towers"})) == {"a": ("towers.0", "towers.1"), "shared": ()}
+
+
+def test_numbered_streams_come_in_the_order_of_their_numbers() -> None:
+    model = nn.ModuleDict({f"stream{number}": nn.Linear(2, 2) for number in (10, 2, 1)})
+    assert StreamSet.resolve(model).names == ("stream1", "stream2", "stream10")
+
+
+def test_the_inventory_leaves_out_what_an_optimizer_does_not_say() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    table = StreamSet.resolve(model, {"a": "a", "b": "b"}).inventory([torch.optim.LBFGS(model.parameters(), lr=0.5)])
+    assert re.split(r"\s{2,}", table.splitlines()[1])[-3:] == ["0.5", "-", "float32"]
+
+
 def test_the_inventory_is_a_table_with_learning_rates() -> None:
     model = Towers()
     model.text.bfloat16()
