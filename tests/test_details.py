@@ -102,7 +102,7 @@ def _job(every: int) -> tuple[list[StepStats], list[dict[str, Any]]]:
                 "inputs": [_figures_of(x) for x in given[:-1]],
             }
         )
-        monitor.step(loss=loss.detach(), samples=len(given[-1]))
+        monitor.step(loss=loss.detach(), samples=len(given[-1]), epoch=step / 10)
         optimizer.step()
         before = now
         if step + 1 != UNCLEARED:
@@ -129,6 +129,7 @@ def close(value: Any) -> Any:
 def test_samples_of_weights_say_how_they_move(world: int, every: int) -> None:
     steps, true = jobs(world, every)
     assert [step.step for step in steps] == list(range(1, BROKEN + 1, every))
+    assert [step.epoch for step in steps] == [step.step / 10 for step in steps]
     for step in steps:
         at_rank_0 = true[0][step.step - 1]
         for name, stream in step.streams.items():

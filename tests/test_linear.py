@@ -104,16 +104,17 @@ def test_partial_gradients_that_come_later_make_no_figure_that_misses_them() -> 
 
 def _power() -> dict[str, float]:
     mesh = init_device_mesh("cpu", (WORLD,))
-    model = nn.ModuleDict({name: nn.ParameterList([torch.ones(2)]) for name in ("first", "second")})
+    model = nn.ModuleDict({name: nn.ParameterList([torch.ones(2), torch.ones(1)]) for name in ("first", "second")})
     model["first"][0] = nn.Parameter(distribute_tensor(torch.ones(2), mesh, [Replicate()]))
     model["first"][0].grad = DTensor.from_local(torch.ones(2), mesh, [Partial()])
-    model["second"][0].grad = torch.ones(2)
+    for parameter in (model["first"][1], *model["second"]):
+        parameter.grad = torch.ones_like(parameter)
     monitor = StreamMonitor(model, streams={"first": "first", "second": "second"})
     return monitor.compute_gradient_power().to_dict() | {"norm": monitor.compute_stream_gradients()["first_grad_norm"]}
 
 
 def test_before_the_first_step_such_gradients_have_norms_and_no_power() -> None:
-    expected = {"first_grad_power": math.nan, "second_grad_power": 2, "norm": math.sqrt(8)}
+    expected = {"first_grad_power": math.nan, "second_grad_power": 3, "norm": 3}
     assert run_ranks(WORLD, _power) == [pytest.approx(expected, nan_ok=True)] * WORLD
 
 
