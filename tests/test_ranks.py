@@ -202,6 +202,17 @@ def test_calls_that_are_not_measured_count_with_the_next_that_is() -> None:
     assert busy < 0.02
 
 
+def test_what_passes_while_a_rank_has_no_steps_is_nobodys() -> None:
+    clock = Clock(nn.Linear(2, 2))
+    clock.lap()
+    clock.lap()
+    clock.pause()
+    time.sleep(0.05)  # the others' steps, under `Join`
+    clock.lap()
+    step, busy = clock.take()
+    assert 0 <= busy <= step < 0.05
+
+
 def test_stop_and_the_end_of_the_clock_leave_nothing_behind() -> None:
     model = nn.Linear(2, 2)
     clock = Clock(model)
