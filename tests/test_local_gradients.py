@@ -277,6 +277,31 @@ def test_ranks_that_stopped_early_have_no_norms() -> None:
             assert norms == pytest.approx([expected("ddp", seed, rank, 3)[0] for seed in range(rank + 1)], rel=1e-6)
 
 
+def _ignoring_a_weight() -> list[tuple[float, float]]:
+    """Steps' local norms of rgb on this rank, and what they are without the weight that DDP is told to ignore."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    inner, alone = network(), network()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(inner, ["rgb.0.weight"])
+    model = DistributedDataParallel(inner)
+    monitor = StreamMonitor(model, None, STREAMS, config=MonitorConfig(local_gradients=True))
+    expected = []
+    for step in range(6):
+        for one in (model, alone):
+            one.zero_grad()
+            loss_of(one, part(batch(seed=step), rank, world)).backward()
+        monitor.step()
+        own = [parameter.grad.flatten() for name, parameter in alone.rgb.named_parameters() if name != "0.weight"]
+        expected.append(torch.cat(own).norm().item())
+    monitor.close()
+    return list(zip(monitor.history[f"rgb_local_grad_norm_rank{rank}"], expected, strict=True))
+
+
+def test_what_ddp_ignores_is_left_out() -> None:
+    """In DDP's buckets, of which it tells in the first steps, such parameters have no number."""
+    for steps in run_ranks(2, _ignoring_a_weight):
+        assert [norm for norm, _ in steps] == [pytest.approx(expected, rel=1e-5) for _, expected in steps]
+
+
 def test_of_many_ranks_the_first_have_keys() -> None:
     stream = StreamStats(1.0, 0.0, 1.0, 1.0, nonfinite=0, elements=10, tensors=2)
     local = tuple(LocalNorms(rank, (float(rank),), (0,), None) for rank in range(10, 40))
