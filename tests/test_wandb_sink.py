@@ -170,8 +170,8 @@ def test_an_evaluations_estimates_are_a_table_with_their_intervals(
     """All that have one, which keys of their own would be too many for; unknown ones are left out."""
     sink = WandbSink()
     sink.open(RUN)
-    monkeypatch.setattr(sink_module, "TABLE_SECONDS", 0.0)
-    for number in (1, 2):
+    for number in (1, 2, 3):  # the third table waits for the end
+        monkeypatch.setattr(sink_module, "TABLE_SECONDS", 0.0 if number < 3 else 1e9)
         figures = {"rgb_knows": 0.1 * number, "rgb_knows_low": 0.05, "rgb_knows_high": 0.4}
         unknown = dict.fromkeys(("depth_knows", "depth_knows_low", "depth_knows_high"), math.nan)
         whole = epoch(number)
@@ -179,7 +179,7 @@ def test_an_evaluations_estimates_are_a_table_with_their_intervals(
         sink.write(step(3 * number))  # not again
     sink.close(OUTCOME)
     found = tables(tmp_path, "estimates", ("figure", "value", "low", "high", "step", "epoch"))
-    assert found == [[["rgb_knows", 0.1 * number, 0.05, 0.4, epoch(number).step, number]] for number in (1, 2)]
+    assert found == [[["rgb_knows", 0.1 * number, 0.05, 0.4, epoch(number).step, number]] for number in (1, 2, 3)]
 
 
 def check_table(folder: Path) -> None:
