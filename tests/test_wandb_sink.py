@@ -279,6 +279,25 @@ def test_an_active_run_is_logged_into_and_left_to_its_owner(tmp_path: Path) -> N
     assert run.alerts == []
 
 
+def test_an_active_run_whose_service_does_not_answer_is_left_to_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with wandb.init(mode="offline", settings={"console": "off"}) as owner:
+        sink = WandbSink()
+        sink.open(RUN)
+
+        def no_answer(*_: Any, **__: Any) -> None:
+            raise ConnectionResetError("Connection lost")
+
+        with monkeypatch.context() as gone:
+            gone.setattr(owner, "log", no_answer)
+            with pytest.raises(ConnectionError):
+                sink.write(step(1))
+        assert wandb.run is owner
+        owner.log({"mine": 1.0})
+    assert [row["mine"] for row in written(tmp_path / "wandb").history] == [1.0]
+
+
 def test_an_active_run_sends_alerts_when_asked(tmp_path: Path) -> None:
     with wandb.init(mode="offline", settings={"console": "off"}):
         log_run(WandbSink(alerts=True), epoch(1, OVERFIT))
