@@ -245,6 +245,8 @@ def test_of_many_ranks_three_numbers_are_shown(tmp_path: Path) -> None:
         "rank/local_grad_norm_loudest/rgb": 11.0,
     }
     assert over_ranks({"rgb_grad_norm": 1.0, "loss_rank0": 2.0}, STREAMS) == {}
+    equal = {keys.of_rank("rgb", keys.LOCAL_NORM, rank): 1.0 for rank in (3, 2)}
+    assert over_ranks(equal, STREAMS)["rank/local_grad_norm_loudest/rgb"] == 2.0
 
 
 def test_a_finding_that_comes_and_goes_alerts_once_and_is_one_row_of_a_table_written_anew(
@@ -573,6 +575,8 @@ def test_auto_is_online_only_with_a_key(tmp_path: Path, monkeypatch: pytest.Monk
     assert auto_mode() == "offline"
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
     assert auto_mode() == "online"
+    (tmp_path / "netrc").write_text("no netrc at all\n")
+    assert auto_mode() == "offline"
     (tmp_path / "netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", API_KEY)
     assert auto_mode() == "online"
