@@ -208,11 +208,12 @@ def test_log_every_thins_steps_only(tmp_path: Path) -> None:
 
 
 def test_what_an_attempt_before_has_shown_is_not_shown_again(tmp_path: Path) -> None:
-    """The record of an attempt that was killed at step 3; the next one begins anew, and does all of it again."""
-    file = JsonlSink(tmp_path / "log.jsonl")
-    file.open(RUN)
-    for report in (step(1), step(2), epoch(1, HINT, OVERFIT), step(3)):
-        file.write(report)
+    """The record of an attempt that was killed at step 3, and of one that began anew and came to step 1."""
+    for reports in ((step(1), step(2), epoch(1, HINT, OVERFIT), step(3)), (step(1),)):
+        file = JsonlSink(tmp_path / "log.jsonl")
+        file.open(RUN)
+        for report in reports:
+            file.write(report)
     sink = WandbSink(record=file.path)
     log_run(sink, step(1), step(2), epoch(1, HINT, OVERFIT), step(3), step(4), epoch(2, OVERFIT))
     run = written(tmp_path / "wandb")
