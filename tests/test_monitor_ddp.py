@@ -473,6 +473,16 @@ def test_an_overflow_under_a_scaler_is_counted_and_is_no_alarm() -> None:
     assert [f.rule for f in monitor.get_recommendations() if f.severity is Severity.error] == []
 
 
+def test_a_step_is_skipped_for_one_element_of_one_stream() -> None:
+    model, optimizer, scaler = scaled_model()
+    monitor = monitor_of(model, optimizer, delay=0)
+    scaler.scale(loss_of(model, batch())).backward()
+    model.depth[0].weight.grad[0, 0] = math.inf
+    figures = monitor.step(scaler=scaler)
+    assert [figures[f"{stream}_grad_nonfinite"] for stream in (*STREAMS, "shared")] == [0, 1, 0]
+    assert monitor.history["step_skipped"] == [1.0]
+
+
 def test_skipped_steps_are_said_and_enter_no_advice_until_all_of_them_are() -> None:
     model, optimizer, scaler = scaled_model()
     monitor = monitor_of(model, optimizer, delay=0)
