@@ -22,10 +22,13 @@ from typing import Any
 
 import pytest
 
-from ddp_streammon.config import Severity
+from ddp_streammon import MonitorConfig, StreamMonitor
+from ddp_streammon.config import RuleSet, Severity
 from ddp_streammon.report import Outcome, Report, RunInfo, as_override
 from ddp_streammon.rules.finding import Action, Finding
 from ddp_streammon.sinks import ConsoleSink, FanOut, Guarded, JsonlSink, MemorySink, guard, read_jsonl
+from ddp_streammon.stats import StepStats
+from tests.networks import STREAMS, batch, loss_of, network
 
 RUN = RunInfo(streams=("rgb", "depth"), config={"lr": 0.1, "data": Path("d")}, inventory="rgb: 3 tensors", name="r")
 STEP = Report("step", 7, 0.5, {"rgb_grad_norm": math.nan, "depth_grad_norm": math.inf, "loss": -math.inf})
@@ -366,6 +369,19 @@ def test_jsonl_gives_every_value_back_and_is_strict_json(tmp_path: Path) -> None
     assert finding["finding"] == str(OVERFIT) and finding["severity"] == "warning"
     assert finding["evidence"] == {"score": math.inf} and math.isnan(finding["action"]["old"])
     assert (outcome["text"], outcome["exit_code"], outcome["values"]) == ("the end", 3, OUTCOME.summary)
+
+
+@pytest.mark.parametrize("rules", list(RuleSet))
+def test_jsonl_gives_back_what_the_rules_saw(rules: RuleSet, tmp_path: Path) -> None:
+    model, memory = network(), MemorySink()
+    sinks = [JsonlSink(tmp_path / "log.jsonl"), memory]
+    with StreamMonitor(model, streams=STREAMS, sinks=sinks, config=MonitorConfig(rules=rules)) as monitor:
+        for _ in range(2):
+            loss_of(model, batch()).backward()
+            monitor.step(loss=0.5)
+    measured = [StepStats.from_dict(r["measured"]) for r in read_jsonl(sinks[0].path) if r["type"] == "step"]
+    assert repr(measured) == repr([report.stats for report in memory.reports if report.kind == "step"])
+    assert len(measured) == 2 and (measured[0].streams["rgb"].sample is not None) == (rules is RuleSet.evidence)
 
 
 class Mode(Enum):
