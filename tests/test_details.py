@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp_streammon import MonitorConfig, StreamMonitor
 from ddp_streammon.facts import Facts
-from ddp_streammon.moments import COLUMNS
+from ddp_streammon.moments import COLUMNS, sample
 from ddp_streammon.rank_facts import RankDetail
 from ddp_streammon.sampled import ELEMENTS, LAYER, SUMS, Sampled
 from ddp_streammon.sinks import MemorySink
@@ -363,6 +363,26 @@ def test_the_first_batch_of_plain_numbers_is_seen_and_what_the_first_layer_makes
     expected, centred = _figures_of(image), _figures_of(image - image.mean())
     assert {key: getattr(seen, key) for key in expected} == {key: close(value) for key, value in expected.items()}
     assert (seen.calls, seen.first_mean, seen.first_std) == (1, close(centred["mean"]), close(centred["std"]))
+
+
+def test_of_integers_the_largest_and_their_number_are_seen_and_no_mean() -> None:
+    model, sink = nn.ModuleDict({"words": nn.Embedding(50, 2), "b": nn.Linear(2, 2)}), MemorySink()
+    monitor = StreamMonitor(model, streams={"words": "words", "b": "b"}, sinks=[sink])
+    model["words"](torch.tensor([[3, 49, 7], [0, 1, 2]]))
+    monitor.step()
+    monitor.close()
+    stats = sink.reports[0].stats
+    assert stats is not None and stats.rank_facts[0].detail is not None
+    seen = stats.rank_facts[0].detail.inputs[0]
+    assert (seen.calls, seen.abs_max, seen.nonfinite, seen.constant) == (1, 49, 0, 0)
+    assert math.isnan(seen.mean) and math.isnan(seen.std)
+
+
+def test_of_wide_batches_a_bounded_number_of_features_is_looked_at() -> None:
+    for features, looked_at in ((1024, 1024), (1025, 513), (2048, 1024), (2049, 683)):
+        row = torch.zeros(sample.COLUMNS, dtype=torch.float64)
+        sample.add_sample(row, torch.ones(2, features), compare=True)
+        assert (row[sample.COUNT], row[sample.SUM]) == (2 * looked_at, 2 * looked_at)
 
 
 @pytest.mark.parametrize(
