@@ -165,7 +165,9 @@ def test_sparse_gradients_with_several_values_for_a_place(world: int) -> None:
         torch.sparse_coo_tensor(places, values, (5, 3, 2), check_invariants=True),
         torch.sparse_coo_tensor(places[:, :0], values[:0], (5, 3, 2), check_invariants=True),
         torch.sparse_coo_tensor(places, values[:, 0], (5, 3), check_invariants=True).coalesce(),
-        torch.sparse_coo_tensor(torch.tensor([[0, 1, 0], [1, 0, 1]]), torch.tensor([1.0, 2.0, 4.0]), (3, 3)),
+        torch.sparse_coo_tensor(
+            torch.tensor([[0, 1, 0], [1, 0, 1]]), torch.tensor([1.0, 2.0, 4.0]), (3, 3), check_invariants=True
+        ),
         torch.eye(4).to_sparse_csr(),
     ]
     for gradient in gradients:
