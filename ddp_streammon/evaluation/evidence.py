@@ -114,8 +114,9 @@ def remembered(past: Past, known: Knowledge | None, table: Table, stated: Sequen
         now |= known.stats.items.alone
     best, accuracy, knew = dict(past.best), past.accuracy, dict(past.knew)
     for name, scores in now.items():
-        then, counts = best.get(name, []), weight if name == keys.FULL else torch.ones_like(scores)
-        better = len(then) != len(scores) or float(counts @ (scores - torch.tensor(then, dtype=torch.float64))) > 0
+        then = torch.tensor(best.get(name, []), dtype=torch.float64, device="cpu")
+        counts = weight if name == keys.FULL else torch.ones_like(scores)
+        better = len(then) != len(scores) or float(counts @ (scores - then)) > 0
         if better and not bool(scores.isnan().any()):
             best[name] = scores.tolist()
             if known is not None and known.stats is not None and name in known.stats.alone:

@@ -109,8 +109,8 @@ class Rule(ABC):
     clear: float = 1.0
     """A finding that stands is cleared where its strength falls below."""
     warm_up: int = 0
-    """Measured steps before its first evaluation, also after a restart, when windows begin anew: what stands goes on
-    standing until the rule can look again."""
+    """Measured steps before its first evaluation. After a restart, when windows begin anew, nothing of it is quiet for
+    as many."""
     every: int = 1
     """Measured steps between two evaluations."""
 
@@ -217,9 +217,9 @@ class Engine:
         for name, stream, rank in self._runs:
             followed[name].append((stream, rank))
         unmet = {name for name in self._required if REQUIREMENTS[name](view)}
-        count, taken = self._memory.count, self._window.taken
+        count = self._memory.count
         for rule in self.rules:
-            if count % rule.every or taken <= rule.warm_up or not unmet.isdisjoint(rule.requires):
+            if count % rule.every or count <= rule.warm_up or not unmet.isdisjoint(rule.requires):
                 continue
             if rule.id in self._failed:
                 continue
@@ -341,7 +341,7 @@ class Engine:
 
     def _follow(self, rule: Rule, whom: tuple[str | None, int | None], signal: Signal | None, view: View) -> None:
         strength = 0.0 if signal is None or math.isnan(signal.strength) else signal.strength
-        if strength < 1 and (rule.id, *whom) not in self._runs:
+        if strength < 1 and ((rule.id, *whom) not in self._runs or self._window.taken <= rule.warm_up):
             return
         run = self._runs.setdefault((rule.id, *whom), _Run())
         run.among = run.among if signal is None else signal.among
