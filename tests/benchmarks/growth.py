@@ -59,8 +59,8 @@ def network(tensors: int, device: torch.device) -> nn.Module:
 def monitored(model: nn.Module, ranks: int | None = None) -> StreamMonitor:
     """A monitor of the model's streams, without a process group or on the last of so many ranks.
 
-    The last, since it reads the last chunk of the gradients, which here is the only one. The fake group answers for
-    the others what this rank says while it is built, so that they see the same data can be true of all.
+    The last, since it reads the last chunk of the gradients, which here is the only one. While it is built the fake
+    group answers for the others what this rank says: that they all see the same data, which is taken back after it.
     """
     streams = {name: name for name in NAMES[:2]}
     if ranks is None:
