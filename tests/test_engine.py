@@ -201,6 +201,16 @@ def test_the_state_goes_on_where_it_was_also_through_json() -> None:
     assert "GOES" in {finding.rule for finding in second.findings}
 
 
+def test_how_weights_began_is_known_after_a_restart_with_trained_ones() -> None:
+    first = Engine(evidence.RULES, setup(fou={"scale": 5.0}, pix={"zeros": True}), Intent())
+    (found,) = first.take(step(1))
+    second = Engine(evidence.RULES, setup(fou={"scale": 1.0}, pix={"scale": 9.0}), Intent())
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.setup == first.setup
+    assert (found.rule, found.stream) == ("INIT", "fou")
+    assert [finding.to_dict() for finding in second.take(step(2))] == [found.to_dict()]
+
+
 def test_with_another_number_of_ranks_what_is_known_of_ranks_is_forgotten() -> None:
     first = Engine(evidence.RULES, setup(), Intent())
     for number in range(1, 8):

@@ -296,11 +296,19 @@ class Engine:
                 for key, run in self._runs.items()
             ],
             "world": self.setup.world,
+            "start": {name: [stream.scale, stream.zeros] for name, stream in self.setup.streams.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`; with another number of ranks what is known of single ranks is forgotten."""
+        """Go on from a `state_dict`; with another number of ranks what is known of single ranks is forgotten. It says
+        how weights began: this process may have begun with trained ones."""
         same = state["world"] == self.setup.world
+        began = state.get("start", {})
+        streams = {
+            name: replace(stream, scale=began[name][0], zeros=began[name][1]) if name in began else stream
+            for name, stream in self.setup.streams.items()
+        }
+        self.setup = replace(self.setup, streams=streams)
         self._memory = Memory.of_state(state["memory"])
         if not same:
             self._memory.audit = []
