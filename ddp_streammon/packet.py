@@ -240,7 +240,7 @@ class Draft:
         first = layout.size + (layout.slot_size if layout.turns > 1 else 0)
         self.spans = layout.spans(rank, turn) | {ASIDE: slice(first, first + aside)}
         self._said = _ZERO * (first + aside)
-        self._cells = torch.empty(0, device="cpu")
+        self._cells = torch.empty(0, dtype=torch.float64, device="cpu")
 
     def say(self, name: str, values: Sequence[float], start: int = 0) -> None:
         """Numbers of the host for a field's cells, from its cell number `start` on."""

@@ -54,7 +54,7 @@ class Sampled:
         self._addresses: list[int] = []
         self._views: list[Tensor] = []
         self._sizes: list[int] = []
-        self._now = self._before = self._change = torch.zeros(len(self._all), 0, device=device)
+        self._now = self._before = self._change = torch.zeros(len(self._all), 0, dtype=torch.float32, device=device)
         """[S, N] float32: each stream's sampled weights, the rest zeros; and memory to work in."""
         self._slots: tuple[list[Tensor], list[Tensor]] = ([], [])
         """Where each view's weights are in `_now` and `_before`."""
@@ -162,7 +162,7 @@ class Sampled:
         if anew or sizes != self._sizes:
             self._sizes = sizes
             even = max(sizes) + max(sizes) % 2  # read in words of two, too
-            self._now = torch.zeros(len(sizes), even, device=self._device)
+            self._now = torch.zeros(len(sizes), even, dtype=torch.float32, device=self._device)
             self._before = torch.zeros_like(self._now)
             self._change = torch.zeros_like(self._now)
             self._slots = (_rows(self._now, per_stream), _rows(self._before, per_stream))
@@ -177,7 +177,7 @@ class Uncleared:
     """
 
     def __init__(self, parameters: Sequence[Sequence[nn.Parameter]], device: torch.device) -> None:
-        self._found = torch.zeros(len(parameters), device=device)
+        self._found = torch.zeros(len(parameters), dtype=torch.float32, device=device)
         """[S] the largest absolute value of what was there; 0 also where nothing arrived."""
         self._asked = [False] * len(parameters)
         self._hooks: list[RemovableHandle] = []

@@ -133,25 +133,33 @@ MADE = {
     *("randn", "randperm", "scalar_tensor", "tensor", "zeros"),
 }
 """What PyTorch makes on the device that a script has set for all tensors, unless it is told another one."""
+REAL = {"empty", "eye", "linspace", "logspace", "ones", "rand", "randn", "zeros"}
+"""Of these, what has the dtype that is set for all, too."""
 
 
-def without_device(source: str) -> list[str]:
-    """Calls that make a tensor and do not say where."""
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    made = [call for call in calls if (name := ast.unparse(call.func)).startswith("torch.") and name[6:] in MADE]
-    return [ast.unparse(call) for call in made if all(option.arg != "device" for option in call.keywords)]
+def unsaid(source: str) -> list[str]:
+    """Calls that make a tensor and do not say where, or of what."""
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        module, _, name = ast.unparse(call.func).rpartition(".")
+        wanted = {"device", "dtype"} if name in REAL else {"device"}
+        if module == "torch" and name in MADE and not wanted <= {option.arg for option in call.keywords}:
+            found.append(ast.unparse(call))
+    return found
 
 
 @pytest.mark.parametrize(
     "path", [path for path in MODULES if place(path) != "train"], ids=lambda path: str(path.relative_to(ROOT))
 )
-def test_a_tensor_is_made_on_a_device_that_is_said(path: Path) -> None:
-    assert without_device(path.read_text()) == []
+def test_a_tensor_is_made_on_a_device_and_of_a_dtype_that_are_said(path: Path) -> None:
+    assert unsaid(path.read_text()) == []
 
 
 def test_a_tensor_made_anywhere_would_be_seen() -> None:
-    source = "x = torch.zeros(3), torch.zeros(3, device=d), x.new_zeros(3), [torch.tensor([1.0]) for _ in y]"
-    assert without_device(source) == ["torch.zeros(3)", "torch.tensor([1.0])"]
+    source = (
+        "x = torch.zeros(3, dtype=t), torch.ones(3, device=d), x.new_zeros(3), torch.arange(3, device=d), torch.eye(3)"
+    )
+    assert unsaid(source) == ["torch.zeros(3, dtype=t)", "torch.ones(3, device=d)", "torch.eye(3)"]
 
 
 # What the core needs ----------------------------------------------------------------------------------------------

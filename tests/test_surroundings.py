@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +19,7 @@ from tests.ranks import run_ranks
 
 
 @contextlib.contextmanager
-def _dtype(dtype: torch.dtype):  # type: ignore[no-untyped-def]
+def _dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -27,6 +28,8 @@ def _dtype(dtype: torch.dtype):  # type: ignore[no-untyped-def]
         torch.set_default_dtype(before)
 
 
+WHOLE = ("default device", "default dtype")
+"""What the forward may see, too, and compute the same."""
 SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "nothing": contextlib.nullcontext,
     "default device": lambda: torch.device("meta"),  # what is made there has no numbers
@@ -44,24 +47,25 @@ def _figures(setting: str, local: bool) -> dict[str, object]:
     optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
     surrounding = SETTINGS[setting]
     config = MonitorConfig(update_every=2, local_gradients=local, audit_every=3)
+    batches = [part(batch(seed=number), rank, world) for number in range(8)]
     with surrounding():
         monitor = StreamMonitor(ddp, optimizer, STREAMS, config=config)
-    for number in range(8):
-        optimizer.zero_grad()
-        tensors = part(batch(seed=number), rank, world)
-        loss = loss_of(ddp, tensors)
-        loss.backward()
+    for tensors in batches:
+        with surrounding() if setting in WHOLE else contextlib.nullcontext():
+            optimizer.zero_grad()
+            loss = loss_of(ddp, tensors)
+            loss.backward()
         with surrounding():
             monitor.step(loss=loss, samples=len(tensors[0]), right=3, pair=(2.0, 4))
             monitor.clip_grad_norm_(1.0)
         optimizer.step()
-    said: dict[str, object] = {}
+    assert monitor._engine.view is not None
+    said: dict[str, object] = {"of weights": [stream.sample for stream in monitor._engine.view.now.streams.values()]}
     with surrounding():
         for figures in (monitor.compute_stream_gradients(), monitor.compute_gradient_power()):
             said |= figures
         said |= monitor.compute_stream_weights()
         said |= {key: monitor.history[key] for key in monitor.history}
-        said["summed"] = monitor.state_dict()["rules"]["memory"]["count"]
         monitor.close()
     return said
 
@@ -69,9 +73,10 @@ def _figures(setting: str, local: bool) -> dict[str, object]:
 def _evaluated(setting: str) -> dict[str, object]:
     rank, world = dist.get_rank(), dist.get_world_size()
     monitor = StreamMonitor(network(norm=True), streams=STREAMS)
-    items, train = ([part(batch(40, seed), rank, world) for seed in seeds] for seeds in ((1, 2, 3), (4, 5)))
+    drawn = [[part(batch(count, seed), rank, world) for seed in (1, 2, 3)] for count in (40, 602)]
+    items, train = ([(rgb, depth, (rgb[:, 0] > 0).long()) for rgb, depth, _ in batches] for batches in drawn)
 
-    def score(model, tensors):  # type: ignore[no-untyped-def]
+    def score(model: nn.Module, tensors: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
         with torch.autocast("cpu", enabled=False):
             logits = model(*tensors[:2])
         target = tensors[2]

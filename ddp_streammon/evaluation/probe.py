@@ -198,7 +198,7 @@ class Probe:
             yy = y.sum()
         else:
             xy, y, yy = x.T @ targets.double(), targets.double().sum(0), targets.double().square().sum()
-        n = torch.tensor(float(len(x)), device="cpu")
+        n = torch.tensor(len(x), dtype=torch.float64, device="cpu")
         return self.layout.pack({"xx": x.T @ x, "xy": xy, "x": x.sum(0), "y": y, "yy": yy, "n": n}, 0, x.device)
 
 
@@ -377,7 +377,7 @@ def _gathered(
 ) -> tuple[dict[Any, Tensor], Tensor | None]:
     """All ranks' items, in their order: scores and groups."""
     own = torch.stack([values.double().cpu() for values in scores.values()])
-    order = torch.zeros(own.shape[1], device="cpu") if held_out.order is None else held_out.order
+    order = torch.zeros(own.shape[1], dtype=torch.long, device="cpu") if held_out.order is None else held_out.order
     integers = torch.stack([order.cpu().long(), (order if held_out.groups is None else held_out.groups).cpu().long()])
     found = collective.gather((collective.topology.data_rank, own, integers, held_out.groups is not None))
     by_place = {place: (rows, marks) for place, rows, marks, _ in reversed(found)}

@@ -53,7 +53,7 @@ class TritonMoments:
     """
 
     def __init__(self, shares: Sequence[Share], num_streams: int, device: torch.device) -> None:
-        self._device = torch.empty(0, device=device).device  # "cuda" gets its number
+        self._device = torch.empty(0, dtype=torch.uint8, device=device).device  # "cuda" gets its number
         self._num_streams = num_streams
         entries = sorted(((p, share.weight) for share in shares for p in share.pieces), key=lambda e: e[0].stream)
         self._pieces = [piece for piece, _ in entries]
