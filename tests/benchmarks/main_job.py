@@ -34,10 +34,10 @@ class Alternating:
 
     def __init__(self, loader: DataLoader[Any], training: Training, steps: int) -> None:
         self.loader, self.training, self.steps = loader, training, steps
+        assert training.monitor is not None
         self.monitor = training.monitor
         self.seconds: list[float] = []
         self.calls: list[float] = []
-        assert self.monitor is not None
         self._step = self.monitor.step
         self.monitor.step = self._timed  # type: ignore[method-assign]
 
@@ -53,7 +53,9 @@ class Alternating:
     def __iter__(self) -> Iterator[Any]:
         batches = itertools.chain.from_iterable(itertools.repeat(self.loader))
         for step, batch in zip(range(self.steps), batches, strict=False):
-            self.training.monitor = self.monitor if PATTERN[step % 4] else None
+            watched = PATTERN[step % 4]
+            self.training.monitor = self.monitor if watched else None
+            self.monitor._meter.look_at_next(watched)  # in steps that are not, hooks do nothing, too
             start = time.perf_counter()
             yield batch
             self.seconds.append(time.perf_counter() - start)
@@ -68,7 +70,6 @@ def _job(steps: int, overrides: list[str], folder: str) -> tuple[list[float], li
     loader, _ = train_loader(training)
     alternating = Alternating(loader, training, steps + 8)
     train_epoch(training, alternating, 0)  # type: ignore[arg-type]
-    assert alternating.monitor is not None
     alternating.monitor.close()
     return alternating.seconds[8:], alternating.calls[4:]
 
