@@ -1,7 +1,7 @@
 """A second device without one: its tensors compute on the CPU, and refuse and wait where those of CUDA do.
 
 So a fault such as an index made on the CPU that meets a feature on the GPU is found where there is no GPU. Not covered:
-kernels, CUDA's streams, events and graphs, pinned memory, autocast, sparse tensors, and what is done where `is_cuda`.
+autocast, sparse tensors, and what is done on CUDA alone, for which see emulated_cuda.py.
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
-"""The monitored step on a CUDA device: the same figures as on the CPU, recorded as a graph, and never waited for."""
+"""The monitored step on a CUDA device: the same figures as on the CPU, recorded as a graph, and never waited for.
+
+With `TRITON_INTERPRET=1` on an emulated device (tests/emulated_cuda.py), as test_emulated_cuda.py runs it.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -18,14 +22,21 @@ from ddp_streammon import MonitorConfig, StreamMonitor
 from ddp_streammon.report import Outcome, Report, RunInfo
 from ddp_streammon.stats import StepStats
 from tests.benchmarks import machine
+from tests.emulated_cuda import emulated_cuda
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+EMULATED = os.environ.get("TRITON_INTERPRET") == "1"
+on_hardware = pytest.mark.skipif(EMULATED or not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [] if EMULATED else [pytest.mark.gpu, on_hardware]
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 STEPS, ITEMS = 8, 16
-PER_STEP = ("step_seconds", "busy_seconds")
+OF_THEIR_OWN = (".step_seconds", ".busy_seconds", ".weights.")
+"""Times, and numbers that stand for bits of weights."""
+
+
+@pytest.fixture(autouse=True)
+def cuda() -> Iterator[None]:
+    with emulated_cuda() if EMULATED else nullcontext():
+        yield
 
 
 class Net(nn.Module):
@@ -141,11 +152,11 @@ def flat(value: object, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 def assert_equal(found: StepStats, expected: StepStats, rel: float) -> None:
-    """All figures but times, and numbers that stand for bits."""
+    """All figures but those of each device's own."""
     own, twin = dict(flat(found.to_dict())), dict(flat(expected.to_dict()))
     assert own.keys() == twin.keys()
     for path, value in own.items():
-        if path.rsplit(".", 1)[-1] in PER_STEP or ".detail.weights." in path or path.endswith("detail.batch"):
+        if any(name in path for name in OF_THEIR_OWN):
             continue
         assert value == pytest.approx(twin[path], rel=rel, abs=1e-6, nan_ok=True), path
 
@@ -198,6 +209,25 @@ def test_gradients_that_lie_elsewhere_in_each_step_are_read_where_they_are() -> 
         assert_equal(own, twin, rel=2e-3)
 
 
+def test_what_a_recording_does_not_hold_is_recorded_anew() -> None:
+    """The loss comes from the host or from the device, a layer is frozen, and weights move."""
+
+    def change(number: int, model: nn.Module) -> None:
+        if number == 5:
+            for parameter in model.rgb[0].parameters():  # type: ignore[index, union-attr]
+                parameter.requires_grad_(False).grad = None
+        if number == 6:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+
+    def numbers(number: int, loss: Tensor) -> dict[str, object]:
+        return (by_host if number == 4 else by_device)(number, loss)
+
+    found, _ = trained(CUDA, numbers=numbers, spoil=change)
+    for own, twin in zip(found, trained(CPU, numbers=numbers, spoil=change)[0], strict=True):
+        assert_equal(own, twin, rel=2e-3)
+
+
 def test_recorded_and_launched_one_by_one_are_bit_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded, _ = trained(CUDA)
     monkeypatch.setattr("ddp_streammon.graphs.WARM_UP", 10**9)
@@ -205,6 +235,7 @@ def test_recorded_and_launched_one_by_one_are_bit_equal(monkeypatch: pytest.Monk
         assert_equal(own, twin, rel=0)
 
 
+@on_hardware
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_mixed_precision_is_unscaled(dtype: torch.dtype) -> None:
     found, _ = trained(CUDA, dtype=dtype)
@@ -285,6 +316,7 @@ def test_another_cuda_stream_may_take_over() -> None:
     monitor.close()
 
 
+@on_hardware
 @pytest.mark.parametrize("as_view", [True, False])
 def test_local_gradients_under_nccl(as_view: bool) -> None:
     """One rank: its own gradient is the average."""
