@@ -37,6 +37,8 @@ class _Named(TorchFunctionMode):
             return CUDA
         if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return isinstance(args[0], OnSecond)
+        if func is Tensor.register_post_accumulate_grad_hook:
+            return func(args[0], lambda parameter: self._hooked(args[1], parameter))
         if func is Tensor.pin_memory:
             return _pinned(args[0].clone())
         if func is Tensor.copy_ and hasattr(args[0], PINNED) and isinstance(args[1], OnSecond):
@@ -47,6 +49,11 @@ class _Named(TorchFunctionMode):
         kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
         made = func(*map(_renamed, args), **{key: _renamed(value) for key, value in kwargs.items()})
         return _pinned(made) if pin else made
+
+    def _hooked(self, hook: Callable[[Tensor], None], parameter: Tensor) -> None:
+        """In the midst of a backward pass PyTorch does as if there were neither modes nor classes of tensors."""
+        with self, torch._C._EnableTorchFunction():
+            hook(parameter)
 
 
 def _renamed(value: Any) -> Any:
@@ -228,6 +235,7 @@ def emulated_cuda() -> Iterator[None]:
         for module, names in ((triton, ("_read", "_fold")), (sample_triton, ("_add",))):
             for name in names:
                 stack.enter_context(mock.patch.object(module, name, _Kernel(getattr(module, name))))
+        stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
         debug = _SyncDebugMode()
         stack.enter_context(mock.patch.object(torch.cuda, "set_sync_debug_mode", debug))
         stack.enter_context(mock.patch("tests.devices._listeners", [debug]))

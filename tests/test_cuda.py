@@ -23,6 +23,7 @@ from ddp_streammon.report import Outcome, Report, RunInfo
 from ddp_streammon.stats import StepStats
 from tests.benchmarks import machine
 from tests.emulated_cuda import emulated_cuda
+from tests.test_second_device import over_the_host
 
 EMULATED = os.environ.get("TRITON_INTERPRET") == "1"
 on_hardware = pytest.mark.skipif(EMULATED or not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -111,13 +112,14 @@ def trained(
     set_to_none: bool = True,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     dtype: torch.dtype | None = None,
+    scaled: bool = False,
     forwards: int = 1,
 ) -> tuple[list[StepStats], nn.Module]:
     """What was measured in a short training, and the model."""
     model = network().to(device)
     wrapped = wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=scaled)
     sink = Kept()
     streams = {"rgb": "rgb", "depth": "depth"}
     monitor = StreamMonitor(wrapped, optimizer, streams, config=config, sinks=[sink]) if watched else None
@@ -189,6 +191,14 @@ def test_every_figure_is_the_cpus(
         assert_equal(own, twin, rel=2e-3)
 
 
+@pytest.mark.parametrize("spoil", [None, poison])
+def test_every_figure_of_scaled_gradients_is_the_cpus(spoil: Callable[[int, nn.Module], None] | None) -> None:
+    found, _ = trained(CUDA, scaled=True, spoil=spoil)
+    for own, twin in zip(found, trained(CPU, scaled=True, spoil=spoil)[0], strict=True):
+        assert own.scaled
+        assert_equal(own, twin, rel=2e-3)
+
+
 def test_several_forwards_of_a_step_are_all_looked_at() -> None:
     found, _ = trained(CUDA, forwards=3)
     for own, twin in zip(found, trained(CPU, forwards=3)[0], strict=True):
@@ -238,7 +248,7 @@ def test_recorded_and_launched_one_by_one_are_bit_equal(monkeypatch: pytest.Monk
 @on_hardware
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_mixed_precision_is_unscaled(dtype: torch.dtype) -> None:
-    found, _ = trained(CUDA, dtype=dtype)
+    found, _ = trained(CUDA, dtype=dtype, scaled=dtype == torch.float16)
     full, _ = trained(CUDA)
     assert found[0].scaled == (dtype == torch.float16)
     for name, stream in found[0].streams.items():
@@ -316,16 +326,19 @@ def test_another_cuda_stream_may_take_over() -> None:
     monitor.close()
 
 
-@on_hardware
 @pytest.mark.parametrize("as_view", [True, False])
-def test_local_gradients_under_nccl(as_view: bool) -> None:
+def test_local_gradients(as_view: bool) -> None:
     """One rank: its own gradient is the average."""
-    with machine.process_group("nccl"):
-        found, _ = trained(
-            CUDA,
-            config=MonitorConfig(local_gradients=True),
-            wrap=lambda model: DistributedDataParallel(model, gradient_as_bucket_view=as_view),
-        )
+
+    def wrap(model: nn.Module) -> nn.Module:
+        if not EMULATED:
+            return DistributedDataParallel(model, gradient_as_bucket_view=as_view)
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=as_view, init_sync=False)
+        wrapped.register_comm_hook(None, over_the_host)
+        return wrapped
+
+    with machine.process_group("gloo" if EMULATED else "nccl"), no_warning():
+        found, _ = trained(CUDA, config=MonitorConfig(local_gradients=True), wrap=wrap)
     for step in found:
         assert step.local[0].norms == pytest.approx([stream.grad_norm for stream in step.streams.values()], rel=1e-6)
         assert not any(step.local[0].nonfinite)

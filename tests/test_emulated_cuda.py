@@ -26,6 +26,7 @@ def cuda() -> Iterator[None]:
         yield
 
 
+@pytest.mark.timeout(600)
 def test_the_monitored_step_on_an_emulated_device() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
