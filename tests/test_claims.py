@@ -80,6 +80,9 @@ LOW, HIGH, UNCLEAR = figure(0.0), figure(0.2), figure(0.02)
         (Evidence(uses=LOW), {Statement.unused}),
         (Evidence(uses=HIGH), set()),
         (Evidence(uses=UNCLEAR), {Statement.cannot_tell}),
+        (Evidence(uses=figure(-0.01)), {Statement.unused}),
+        (Evidence(uses=figure(-0.2)), {Statement.cannot_tell}),  # its own input makes the loss worse
+        (Evidence(uses=figure(-0.2), memory=HIGH), {Statement.memorised}),
         (Evidence(), set()),  # nothing was asked of it
         (Evidence(uses=LOW, knows=HIGH, complement=HIGH), {Statement.unused, Statement.complementary}),
         (Evidence(uses=LOW, knows=HIGH, complement=LOW), {Statement.unused, Statement.redundant}),

@@ -80,6 +80,11 @@ class Figure:
         contradicted = self.view is not None and self.view.p_above(SHARE_MARGIN) < ALPHA
         return 1.0 if self.unusable or contradicted else self.estimate.p_below(edge)
 
+    def p_small(self) -> float:
+        """Of "the truth is the margin or more"; 1 where the figure is more than the margin below 0, since that is not
+        small: a head that has learned a stream by heart loses by it on held-out items."""
+        return self.p_below(self.margin) if self.estimate.value >= -self.margin else 1.0
+
 
 FIGURES = ("uses", "knows", "complement", "change", "memory", "rise", "gap")
 
@@ -160,11 +165,11 @@ def claims(
 ) -> tuple[Claim, ...]:
     """Which statements hold of which streams at this look: Holm over all of them (Scand. J. Stat. 6, 1979, 65).
 
-    unused: uses below its margin. complementary: complement above it. redundant: complement below and knows above, both
-    at the level (an intersection-union test: Berger, Technometrics 24, 1982, 295). knows_nothing: knows below.
-    regressed: change below minus the margin. memorised: memory above it. overfitting: rise and gap above theirs, both
-    at the level. What was said at the look before (`standing`) is said again while its p value is at most 0.05: levels
-    fall from look to look, and a finding is not to vanish for that.
+    unused: uses below its margin (see `Figure.p_small`). complementary: complement above it. redundant: complement
+    below and knows above, both at the level (an intersection-union test: Berger, Technometrics 24, 1982, 295).
+    knows_nothing: knows below. regressed: change below minus the margin. memorised: memory above it. overfitting: rise
+    and gap above theirs, both at the level. What was said at the look before (`standing`) is said again while its p
+    value is at most 0.05: levels fall from look to look, and a finding is not to vanish for that.
 
     Of a stream of which nothing holds, cannot_tell, unless its use is above the margin at the look's level: then there
     is nothing to say. Figures of fewer than 20 groups, or that a handful of items carry, claim nothing. A statement is
@@ -199,7 +204,7 @@ def _tests(own: Evidence) -> dict[Statement, float]:
     """One-sided p values of the statements that can be tested; 1 of what is denied."""
     tests = {}
     if own.uses:
-        tests[Statement.unused] = own.uses.p_below(own.uses.margin)
+        tests[Statement.unused] = own.uses.p_small()
     if own.complement:
         tests[Statement.complementary] = own.complement.p_above()
     if own.complement and own.knows:

@@ -22,8 +22,8 @@ three (this project)."""
 SAYS: Mapping[str, tuple[Severity, str]] = {
     UNUSED: (
         Severity.warning,
-        "Exchanging the stream's input costs less than the margin, while another stream's use is `LEARNED` margins or "
-        "more: a model that uses nothing yet has simply not learned.",
+        "Exchanging the stream's input costs less than the margin, and gains no more, while another stream's use is "
+        "`LEARNED` margins or more: a model that uses nothing yet has simply not learned.",
     ),
     IGNORED: (Severity.warning, "Unused, and its features know what the others do not."),
     REDUNDANT: (
