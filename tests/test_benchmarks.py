@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from ddp_streammon.rules import evidence
 from tests.benchmarks import (
     better,
     coverage,
@@ -141,12 +142,13 @@ def test_replay_sets_what_is_tried_beside_a_plain_pass(printed: Run) -> None:
     }
 
 
-@pytest.mark.slow
 def test_rules_say_what_a_step_costs_them(printed: Run) -> None:
-    text = printed(rules.main, "--steps", "20", "--ranks", "3")
-    found = re.search(r"3 rank\(s\), 20 steps of two streams\nCPU ms a step: mean ([\d.]+), median ([\d.]+)", text)
-    assert found is not None, text
-    assert 0 < float(found[2]) < 50
+    text = printed(rules.main, "--steps", "20", "--ranks", "3", "1")
+    assert text.startswith(f"{len(evidence.RULES)} rules, 20 steps of two streams; CPU ms a step\n")
+    found = rows(text, "ranks heard")
+    assert set(found) == {"3", "1"}
+    for costs in found.values():
+        assert 0 < float(costs["rules, median"]) <= float(costs["rules, 99 %"])
 
 
 @pytest.mark.slow
