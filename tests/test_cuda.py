@@ -23,7 +23,7 @@ from ddp_streammon.report import Outcome, Report, RunInfo
 from ddp_streammon.stats import StepStats
 from tests.benchmarks import machine
 from tests.emulated_cuda import emulated_cuda
-from tests.test_second_device import over_the_host
+from tests.test_second_device import INIT_SYNC, NO_INIT_SYNC, over_the_host
 
 EMULATED = os.environ.get("TRITON_INTERPRET") == "1"
 on_hardware = pytest.mark.skipif(EMULATED or not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -326,6 +326,7 @@ def test_another_cuda_stream_may_take_over() -> None:
     monitor.close()
 
 
+@pytest.mark.skipif(EMULATED and not INIT_SYNC, reason=NO_INIT_SYNC)
 @pytest.mark.parametrize("as_view", [True, False])
 def test_local_gradients(as_view: bool) -> None:
     """One rank: its own gradient is the average."""

@@ -373,6 +373,10 @@ def test_every_figure_of_a_step_is_the_cpus_and_only_the_read_of_the_last_one_wa
         assert waited == [[], *[["_to_copy collective.py"]] * 5]
 
 
+INIT_SYNC = "init_sync" in inspect.signature(DistributedDataParallel).parameters
+NO_INIT_SYNC = "as it is built, DistributedDataParallel of this PyTorch asks gloo for the device"
+
+
 def over_the_host(_, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
     """DDP's mean of a bucket: gloo has no sum on the second device."""
     mean = bucket.buffer().cpu() / dist.get_world_size()
@@ -393,10 +397,7 @@ def ranks_steps() -> tuple[dict[str, float], dict[str, float]]:
     return found[0], found[1]
 
 
-@pytest.mark.skipif(
-    "init_sync" not in inspect.signature(DistributedDataParallel).parameters,
-    reason="as it is built, DistributedDataParallel of this PyTorch asks gloo for the device",
-)
+@pytest.mark.skipif(not INIT_SYNC, reason=NO_INIT_SYNC)
 def test_each_ranks_own_gradients_are_read_there() -> None:
     for expected, found in run_ranks(2, ranks_steps):
         assert_close(found, expected)
