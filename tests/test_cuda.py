@@ -199,6 +199,15 @@ def test_every_figure_of_scaled_gradients_is_the_cpus(spoil: Callable[[int, nn.M
         assert_equal(own, twin, rel=2e-3)
 
 
+@pytest.mark.parametrize("config", [MonitorConfig(update_every=2), MonitorConfig(update_every=3, every=2, delay=0)])
+def test_every_figure_of_updates_is_the_cpus(config: MonitorConfig) -> None:
+    found, _ = trained(CUDA, config=config)
+    twins, _ = trained(CPU, config=config)
+    assert any(step.streams["rgb"].update_norm > 0 for step in found)
+    for own, twin in zip(found, twins, strict=True):
+        assert_equal(own, twin, rel=2e-3)
+
+
 def test_several_forwards_of_a_step_are_all_looked_at() -> None:
     found, _ = trained(CUDA, forwards=3)
     for own, twin in zip(found, trained(CPU, forwards=3)[0], strict=True):
