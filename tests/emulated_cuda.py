@@ -190,10 +190,9 @@ class _Kernel:
                     warnings.simplefilter("ignore")  # numpy's, of nan
                     self._kernel[grid](*arguments, **constants)
 
-            with _disable_current_modes():
-                if _Graph.recording is not None:
-                    _Graph.recording.keep([value for value in arguments if isinstance(value, Tensor)])
             if _Graph.recording is not None:
+                with _disable_current_modes():
+                    _Graph.recording.keep([value for value in arguments if isinstance(value, Tensor)])
                 _Graph.recording.work.append(run)
             run()
 

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_streammon import MonitorConfig, StreamMonitor
-from ddp_streammon.report import Outcome, Report, RunInfo
+from ddp_streammon.sinks import MemorySink
 from ddp_streammon.stats import StepStats
 from tests.benchmarks import machine
 from tests.emulated_cuda import emulated_cuda
@@ -54,23 +54,6 @@ class Net(nn.Module):
     def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
         """[B, 3, 8, 8] and [B, 8, 8] -> logits [B, 5]."""
         return self.head(torch.cat([self.rgb(rgb), self.depth(depth)], dim=1))  # type: ignore[no-any-return]
-
-
-class Kept:
-    """A sink that keeps what was measured."""
-
-    def __init__(self) -> None:
-        self.steps: list[StepStats] = []
-
-    def open(self, run: RunInfo) -> None:
-        """Nothing is to be opened."""
-
-    def write(self, report: Report) -> None:
-        if report.stats is not None:
-            self.steps.append(report.stats)
-
-    def close(self, outcome: Outcome) -> None:
-        """Nothing is to be closed."""
 
 
 def network(seed: int = 0) -> Net:
@@ -120,7 +103,7 @@ def trained(
     wrapped = wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=scaled)
-    sink = Kept()
+    sink = MemorySink()
     streams = {"rgb": "rgb", "depth": "depth"}
     monitor = StreamMonitor(wrapped, optimizer, streams, config=config, sinks=[sink]) if watched else None
     for number, (rgb, depth, target) in enumerate(batches()):
@@ -138,7 +121,7 @@ def trained(
         scaler.update()
     if monitor is not None:
         monitor.close()
-    return sink.steps, model
+    return [report.stats for report in sink.reports if report.stats is not None], model
 
 
 def flat(value: object, path: str = "") -> Iterator[tuple[str, float]]:

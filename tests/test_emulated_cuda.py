@@ -1,4 +1,4 @@
-"""What is done on CUDA alone, without a GPU: tests/test_cuda.py on the emulated device of emulated_cuda.py."""
+"""What is done on CUDA alone, without a GPU: the tests of it in Triton's interpreter, on the emulated device."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def cuda() -> Iterator[None]:
 
 
 @pytest.mark.timeout(600)
-def test_the_monitored_step_on_an_emulated_device() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
+@pytest.mark.parametrize("tests", ["test_cuda.py", pytest.param("test_moments_triton.py", marks=pytest.mark.slow)])
+def test_in_tritons_interpreter(tests: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{tests}"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr

@@ -1,21 +1,18 @@
 """moments.triton against the float64 twin: the real kernel on CUDA, Triton's interpreter on CPU.
 
-Triton is one or the other for the life of a process, by the environment at its import. Without a CUDA device one test
-of this file runs the others in a process of their own, in the interpreter.
+Triton is one or the other for the life of a process, by the environment at its import. Without a CUDA device
+test_emulated_cuda.py runs these tests in a process of their own, in the interpreter.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,16 +115,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "CHUNKS", (512, 512))
     monkeypatch.setattr(triton, "ROWS", 32)
     monkeypatch.setattr(triton, "FOLD", 8)
-
-
-@pytest.mark.slow
-@has_triton
-@pytest.mark.skipif(INTERPRETED, reason="is what this test starts")
-def test_the_kernel_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
 # Values -----------------------------------------------------------------------------------------------------------
